@@ -1,0 +1,68 @@
+"""N-EM: neural expectation maximisation (Greff, van Steenkiste & Schmidhuber 2017), by gradient steps on Q."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pnem.inference.errors import StrategyError
+from pnem.inference.noise import Noise
+from pnem.inference.posterior import State
+from pnem.inference.strategy import Strategy
+from pnem.models import SpatialMixture
+
+__all__ = ["NEM"]
+
+
+class NEM(Strategy):
+    r"""Generalised EM whose M-step is one gradient step on Q, unrolled and trained end to end.
+
+        θ_k ← θ_k + η ∂Q/∂θ_k,      Q = Σ_i Σ_k γ_{k,i} log p(x_i, z_i = k | ψ_{k,i}),      γ held fixed
+
+    exact for any decoder: ∂Q/∂ψ follows from the likelihood, and autograd pulls it back through the decoder. With the
+    ``"greff2017"`` E-step, Q is that of the plain mixture too, as in the paper; then for a decoder
+    ``Linear(..., bias=False, input_activation="sigmoid")`` and Bernoulli pixels it is the paper's
+    θ ← θ + η σ(θ)(1 − σ(θ)) ⊙ Wᵀ(γ (x − ψ)). The step size η is learned.
+
+    Args:
+        model: the generative model.
+        step_size: the initial η.
+        iterations, noise, e_step, gamma_gradient: see `Strategy`.
+
+    Raises:
+        StrategyError: the step size is not positive and finite, or as `Strategy`.
+    """
+
+    def __init__(
+        self,
+        model: SpatialMixture,
+        *,
+        step_size: float = 1.0,
+        iterations: int = 10,
+        noise: Noise | None = None,
+        e_step: str = "consistent",
+        gamma_gradient: bool = True,
+    ):
+        super().__init__(model, iterations=iterations, noise=noise, e_step=e_step, gamma_gradient=gamma_gradient)
+        if not 0 < step_size < math.inf:
+            raise StrategyError(f"step_size must be positive and finite, but is {step_size}")
+        self.log_step_size = nn.Parameter(torch.tensor(float(step_size)).log())
+
+    @property
+    def step_size(self) -> Tensor:
+        """η."""
+        return self.log_step_size.exp()
+
+    def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102
+        psi, pull_back = torch.func.vjp(self.model.decode, state.theta)
+        (gradient,) = pull_back(self._gradient_at(state, x_in).to(psi.dtype))
+        return state.theta + self.step_size * gradient
+
+    def _gradient_at(self, state: State, x_in: Tensor) -> Tensor:
+        """∂Q/∂ψ: (B, K, D, P)."""
+        likelihood, gamma = self.model.likelihood, state.gamma.unsqueeze(-1)
+        gradient = gamma * likelihood.score(x_in.unsqueeze(-3), state.mean)
+        if self.e_step == "consistent" and self.model.owned:
+            unowned = likelihood.score(self.model.pixel_prior, state.mean)
+            gradient = gradient + self.model.ownership * (1 - gamma) * unowned
+        return gradient

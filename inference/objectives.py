@@ -1,0 +1,106 @@
+"""Training objectives: what `fit` minimises over an unrolled strategy."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pnem.inference.errors import StrategyError
+from pnem.inference.posterior import State
+from pnem.inference.strategy import Strategy
+from pnem.models import Configured
+
+__all__ = ["ELBO", "Losses", "NEMLoss", "Objective"]
+
+
+class Losses(NamedTuple):
+    """What an objective returns: the scalar to minimise, and the ELBO after the last iteration (B,), both in nats."""
+
+    loss: Tensor
+    elbo: Tensor
+
+
+class Objective(Configured, ABC):
+    """A loss in nats per image: a weighted mean over iterations of a term that each iteration contributes.
+
+    Args:
+        weights: ``"last"``; ``"all"`` (equal); ``"ramp"`` (t/T); or one non-negative number per iteration. They are
+            scaled to sum to one, so that the loss stays in nats per image.
+
+    Raises:
+        StrategyError: unknown weights, negative ones, or none above zero.
+    """
+
+    def __init__(self, weights: str | Sequence[float] = "last"):
+        if isinstance(weights, str):
+            if weights not in ("last", "all", "ramp"):
+                raise StrategyError(f'weights must be "last", "all", "ramp" or a sequence, but is {weights!r}')
+        elif not all(0 <= w < float("inf") for w in weights) or not sum(weights) > 0:
+            raise StrategyError(f"weights must be finite, at least 0 and not all 0, but are {tuple(weights)}")
+        self.weights = weights
+
+    @abstractmethod
+    def loss_at(self, strategy: Strategy, state: State, x: Tensor) -> Tensor:
+        """The loss of one iteration, in nats per image: (B,)."""
+
+    def __call__(self, strategy: Strategy, states: Sequence[State], x: Tensor) -> Losses:
+        """The losses of an unroll on images `x` (B, D, C).
+
+        Raises:
+            StrategyError: as many weights as iterations were expected, but others were given.
+        """
+        terms = [
+            weight * self.loss_at(strategy, state, x).mean()
+            for weight, state in zip(self.step_weights(len(states)), states, strict=True)
+            if weight > 0
+        ]
+        return Losses(torch.stack(terms).sum(), strategy.elbo(states[-1]))
+
+    def step_weights(self, iterations: int) -> list[float]:
+        """The weight of each of T iterations; they sum to one."""
+        if self.weights == "last":
+            raw = [0.0] * (iterations - 1) + [1.0]
+        elif self.weights == "all":
+            raw = [1.0] * iterations
+        elif self.weights == "ramp":
+            raw = [float(t) for t in range(1, iterations + 1)]
+        else:
+            raw = [float(w) for w in self.weights]
+        if len(raw) != iterations:
+            raise StrategyError(f"{len(raw)} weights were given for {iterations} iterations: give one for each")
+        return [w / sum(raw) for w in raw]
+
+
+class ELBO(Objective):
+    """Minus the strategy's ELBO, z summed out exactly.
+
+    With ``"last"`` it is what Pyro's ``TraceEnum_ELBO`` computes for the same model and guide, divided by the number
+    of images. With a Delta guide and a flat prior it is minus the log-likelihood that EM climbs.
+    """
+
+    def loss_at(self, strategy: Strategy, state: State, x: Tensor) -> Tensor:  # noqa: D102
+        return -strategy.elbo(state)
+
+
+class NEMLoss(Objective):
+    r"""N-EM's own training loss (Greff et al. 2017, eq. 6), with the γ of the strategy's E-step.
+
+        L = Σ_i Σ_k −γ_{k,i} log p(x_i | ψ_{k,i}) + w (1 − γ_{k,i}) KL(P₀ ‖ p(· | ψ_{k,i}))
+
+    where the KL is taken between distributions of the likelihood's own family. It is minus Q of the ownership model
+    up to a constant; with consistent γ it differs from minus the ELBO by the entropy of γ and constants.
+
+    Raises:
+        StrategyError: the model has no pixel prior.
+    """
+
+    def loss_at(self, strategy: Strategy, state: State, x: Tensor) -> Tensor:  # noqa: D102
+        model = strategy.model
+        if model.pixel_prior is None:
+            raise StrategyError("NEMLoss needs a pixel prior: give SpatialMixture(..., pixel_prior=...)")
+        intra = state.gamma * model.likelihood.log_prob(x.unsqueeze(-3), state.psi)
+        divergence = model.likelihood.saturated_log_prob(model.pixel_prior) - model.log_unowned(state.psi)
+        inter = (1 - state.gamma) * divergence
+        return (model.ownership * inter - intra).sum((-2, -1))

@@ -1,0 +1,80 @@
+"""What inference returns: the state of a strategy along its iterations, and the posterior at the last one."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Posterior", "State"]
+
+
+class State(NamedTuple):
+    """What a strategy knows after an iteration.
+
+    Attributes:
+        theta: (B, K, M), what each component knows.
+        mean: (B, K, D, C), E[x_i | ψ_{k,i}], what each component predicts.
+        psi: (B, K, D, P), the parameters of that prediction.
+        gamma: (B, K, D), the responsibilities of the strategy's E-step.
+        log_joint: (B, K, D), log p(x_i, z_i = k | θ) of the declared model, in nats.
+    """
+
+    theta: Tensor
+    mean: Tensor
+    psi: Tensor
+    gamma: Tensor
+    log_joint: Tensor
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """log p(x | θ), in nats per image: (B,)."""
+        return self.log_joint.logsumexp(-2).sum(-1)
+
+
+class Posterior(NamedTuple):
+    """The result of inference on B images.
+
+    Attributes:
+        theta: (B, K, M).
+        psi: (B, K, D, P).
+        mean: (B, K, D, C), each component's prediction.
+        gamma: (B, K, D), responsibilities.
+        log_evidence: (B,), log p(x | θ) in nats per image.
+        elbo_trace: (T, B), the strategy's ELBO after each iteration, in nats per image. For a strategy whose guide is
+            a Delta it is the plug-in log p(x, θ), which is no bound on log p(x).
+        trace: the states after each iteration, every field with a leading axis T; None if it was not kept.
+    """
+
+    theta: Tensor
+    psi: Tensor
+    mean: Tensor
+    gamma: Tensor
+    log_evidence: Tensor
+    elbo_trace: Tensor
+    trace: State | None
+
+    @property
+    def labels(self) -> Tensor:
+        """The component most responsible for each pixel: (B, D)."""
+        return self.gamma.argmax(-2)
+
+    @property
+    def reconstruction(self) -> Tensor:
+        """Σ_k γ_k E[x | ψ_k]: (B, D, C)."""
+        return (self.gamma.unsqueeze(-1) * self.mean).sum(-3)
+
+    @classmethod
+    def from_states(cls, states: Sequence[State], elbo_trace: Tensor, *, keep_trace: bool) -> "Posterior":
+        """The posterior at the last of these states."""
+        last = states[-1]
+        trace = State(*(torch.stack(values) for values in zip(*states, strict=True))) if keep_trace else None
+        return cls(last.theta, last.psi, last.mean, last.gamma, last.log_evidence, elbo_trace, trace)
+
+    @classmethod
+    def concatenate(cls, posteriors: Sequence["Posterior"]) -> "Posterior":
+        """One posterior over the images of several, in their order."""
+        traces = [p.trace for p in posteriors if p.trace is not None]
+        trace = State(*(torch.cat(values, 1) for values in zip(*traces, strict=True))) if traces else None
+        parts = [torch.cat(values) for values in zip(*(p[:5] for p in posteriors), strict=True)]
+        return cls(*parts, torch.cat([p.elbo_trace for p in posteriors], 1), trace)

@@ -1,0 +1,176 @@
+"""The one abstraction: a strategy is a Pyro guide that unrolls."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pnem.inference.errors import StrategyError
+from pnem.inference.noise import Noise
+from pnem.inference.posterior import Posterior, State
+from pnem.models import Configured, SpatialMixture
+from pnem.models.parameters import register_parameters
+
+__all__ = ["Strategy"]
+
+# The original code adds this to p(x_i | ψ) in its E-step.
+GREFF_FLOOR = 1e-6
+
+
+class Strategy(Configured, nn.Module, ABC):
+    """How θ and γ are inferred: T iterations, each an E-step (γ from ψ) and an M-step (θ from γ).
+
+    A strategy is a module with its own parameters and an ordinary Pyro guide for its model:
+    ``SVI(model, strategy, optim, TraceEnum_ELBO(max_plate_nesting=2))`` trains the pair. It holds the model without
+    owning it, so that ``strategy.parameters()`` are the strategy's alone.
+
+    Args:
+        model: the generative model.
+        iterations: T.
+        noise: input noise, applied once per unroll and only in training mode.
+        e_step: ``"consistent"``: γ is the posterior of the declared model, ownership included. ``"greff2017"``: the
+            E-step of the N-EM paper and code, which leaves ownership out: γ_k ∝ p(x | ψ_k) + 10⁻⁶.
+        gamma_gradient: whether training differentiates through γ.
+
+    Raises:
+        StrategyError: iterations < 1 or an unknown E-step.
+    """
+
+    model: SpatialMixture
+
+    def __init__(
+        self,
+        model: SpatialMixture,
+        *,
+        iterations: int = 10,
+        noise: Noise | None = None,
+        e_step: str = "consistent",
+        gamma_gradient: bool = True,
+    ):
+        super().__init__()
+        if iterations < 1:
+            raise StrategyError(f"iterations must be at least 1, but is {iterations}")
+        if e_step not in ("consistent", "greff2017"):
+            raise StrategyError(f'e_step must be "consistent" or "greff2017", but is {e_step!r}')
+        # Past nn.Module, which would register the model as a submodule.
+        object.__setattr__(self, "model", model)
+        self.iterations = iterations
+        self.noise = noise
+        self.e_step = e_step
+        self.gamma_gradient = gamma_gradient
+
+    @abstractmethod
+    def m_step(self, state: State, x_in: Tensor) -> Tensor:
+        """θ improved given γ: -> (B, K, M). A pure function of tensors."""
+
+    def init(self, x: Tensor, gamma: Tensor | None = None) -> State:
+        """The state before the first iteration: θ = 0, predictions of 0, γ given or random.
+
+        Random γ are |N(0, 1)|, normalised over components; with one component γ is 1.
+
+        Raises:
+            StrategyError: `gamma` does not have shape (B, K, D).
+        """
+        batch, K, D = len(x), self.model.num_components, self.model.num_pixels
+        if gamma is None:
+            gamma = x.new_empty(batch, K, D).normal_().abs_()
+            gamma = gamma / gamma.sum(-2, keepdim=True)
+        elif gamma.shape != (batch, K, D):
+            raise StrategyError(f"gamma has shape {tuple(gamma.shape)}, but this needs (B, K, D) = {(batch, K, D)}")
+        theta = x.new_zeros(batch, K, self.model.latent_features)
+        mean = x.new_zeros(batch, K, D, x.shape[-1])
+        psi = x.new_zeros(batch, K, D, self.model.decoder.image_shape[2])
+        return State(theta, mean, psi, gamma, torch.zeros_like(gamma))
+
+    def step(self, state: State, x_in: Tensor, x: Tensor) -> State:
+        """One M-step that sees `x_in`, and the E-step on its target `x`: a pure function of tensors."""
+        theta = self.m_step(state, x_in)
+        theta = theta.to(torch.promote_types(theta.dtype, torch.float32))
+        psi = self.model.decode(theta)
+        log_joint = self.model.log_joint_at(x, psi)
+        gamma = self._responsibilities(log_joint, x, psi)
+        return State(theta, self.model.likelihood.mean(psi), psi, gamma, log_joint)
+
+    def _responsibilities(self, log_joint: Tensor, x: Tensor, psi: Tensor) -> Tensor:
+        if self.e_step == "greff2017":
+            likelihood = self.model.likelihood.log_prob(x.unsqueeze(-3), psi).exp()
+            gamma = (likelihood + GREFF_FLOOR) / (likelihood + GREFF_FLOOR).sum(-2, keepdim=True)
+        else:
+            gamma = log_joint.softmax(-2)
+        return gamma if self.gamma_gradient else gamma.detach()
+
+    def rollout(self, state: State, x_in: Tensor, x: Tensor) -> list[State]:
+        """The T states that follow `state`: a pure function of tensors."""
+        states = []
+        for _ in range(self.iterations):
+            state = self.step(state, x_in, x)
+            states.append(state)
+        return states
+
+    def start(self, x: Tensor, gamma: Tensor | None = None) -> tuple[State, Tensor]:
+        """All that is random in an unroll: the initial state and the (in training mode, noisy) input."""
+        x_in = self.noise(x) if self.noise is not None and self.training else x
+        return self.init(x, gamma), x_in
+
+    def unroll(self, x: Tensor, gamma: Tensor | None = None) -> list[State]:
+        """The states after each of the T iterations on images `x` (B, D, C), from given or random γ (B, K, D)."""
+        return self.rollout(*self.start(x, gamma), x)
+
+    def guide_at(self, state: State) -> Callable[..., Tensor]:
+        """The Pyro guide at a state: a Delta on ``"theta"``."""
+
+        def guide(*_: object) -> Tensor:
+            with (
+                pyro.plate("images", len(state.theta), dim=-2),
+                pyro.plate("components", self.model.num_components, dim=-1),
+            ):
+                return pyro.sample("theta", dist.Delta(state.theta, event_dim=1))
+
+        return guide
+
+    def elbo(self, state: State) -> Tensor:
+        """The ELBO of `guide_at(state)`, z summed out, in nats per image: (B,).
+
+        For a Delta guide that is log p(x | θ) + log p(θ): a plug-in value, not a bound on log p(x).
+        """
+        return state.log_evidence + self.model.log_prior(state.theta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The Pyro guide: unrolls on `x` (B, D, C) and samples θ at the last state."""
+        register_parameters("strategy", self)
+        return self.guide_at(self.unroll(x)[-1])()
+
+    def infer(self, x: Tensor, *, restarts: int = 1, gamma: Tensor | None = None, keep_trace: bool = True) -> Posterior:
+        """The posterior for images `x` (B, D, C), without input noise or gradients.
+
+        Args:
+            x: the images.
+            restarts: R starts run as one batch; per image the one with the highest ELBO at the end is kept.
+            gamma: initial responsibilities (B, K, D); random when None, which R > 1 requires.
+            keep_trace: whether to keep every iteration's state, at T times the memory.
+
+        Raises:
+            ModelError: `x` does not fit the model.
+            StrategyError: restarts < 1, or restarts > 1 from a given γ.
+        """
+        self.model.check(x)
+        if restarts < 1:
+            raise StrategyError(f"restarts must be at least 1, but is {restarts}")
+        if restarts > 1 and gamma is not None:
+            raise StrategyError("restarts from a given gamma would all be the same: leave gamma out, or restarts at 1")
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                states = self.unroll(x.repeat(restarts, 1, 1), gamma)
+                elbo = torch.stack([self.elbo(state) for state in states])
+        finally:
+            self.train(was_training)
+        if restarts > 1:
+            best = elbo[-1].reshape(restarts, -1).argmax(0) * len(x) + torch.arange(len(x), device=x.device)
+            states = [State(*(value[best] for value in state)) for state in states]
+            elbo = elbo[:, best]
+        return Posterior.from_states(states, elbo, keep_trace=keep_trace)

@@ -1,0 +1,96 @@
+"""Parts that remember how they were built, so that a run can be described in JSON and built again."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pnem.models.errors import ModelError
+
+__all__ = ["Configured", "build", "describe"]
+
+_CLASSES: dict[str, type["Configured"]] = {}
+
+
+class Configured:
+    """Base of models, decoders, likelihoods, encoders, strategies and objectives: keeps its constructor's arguments.
+
+    Every subclass is known by its module and name, so that `build` only ever calls classes which the program
+    has already imported: a description read from a file cannot run code from it.
+    """
+
+    config: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _CLASSES[_type_name(cls)] = cls
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _recording(cls.__init__)  # type: ignore[method-assign]
+
+
+def describe(part: Any) -> Any:
+    """A JSON-compatible description of a part and of the parts it was built from; numbers and strings stay as they are.
+
+    Raises:
+        ModelError: an argument of the part is neither a `Configured` part nor plain data.
+
+    >>> from pnem.models import Bernoulli
+    >>> describe(Bernoulli())
+    {'type': 'pnem.models.likelihoods.Bernoulli'}
+    """
+    if isinstance(part, Configured):
+        return {"type": _type_name(type(part))} | {name: describe(value) for name, value in part.config.items()}
+    if isinstance(part, (list, tuple)):
+        return [describe(item) for item in part]
+    if part is None or isinstance(part, (bool, int, float, str)):
+        return part
+    raise ModelError(
+        f"cannot describe {part!r} of type {type(part).__name__} in a run's settings: "
+        "build models and strategies from pnem's parts (or subclasses of pnem.models.Configured) and plain numbers"
+    )
+
+
+def build(description: Mapping[str, Any], *args: Any) -> Any:
+    """The part that `describe` described; `args` are passed before the described arguments.
+
+    Raises:
+        ModelError: the description names no type, an unknown one, or arguments that the type does not take.
+    """
+    name = description.get("type")
+    if name not in _CLASSES:
+        raise ModelError(
+            f"unknown part {name!r}: import the module that defines it first; known are {sorted(_CLASSES)}"
+        )
+    arguments = {key: _build_argument(value) for key, value in description.items() if key != "type"}
+    try:
+        return _CLASSES[name](*args, **arguments)
+    except TypeError as error:
+        raise ModelError(f"{name} does not take the described arguments {sorted(arguments)}: {error}") from error
+
+
+def _build_argument(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return build(value)
+    if isinstance(value, list):
+        return tuple(_build_argument(item) for item in value)
+    return value
+
+
+def _type_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _recording(init: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapper(self: Configured, *args: Any, **kwargs: Any) -> None:
+        if "config" not in self.__dict__:
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            # The model is described once, beside the strategy that works on it.
+            given = {name: value for name, value in bound.arguments.items() if name not in ("self", "model")}
+            object.__setattr__(self, "config", given)
+        init(self, *args, **kwargs)
+
+    return wrapper

@@ -1,0 +1,122 @@
+"""Pixel likelihoods: each written once, for the Pyro program and for the tensor methods alike."""
+
+import math
+from abc import ABC, abstractmethod
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pnem.models.config import Configured
+from pnem.models.errors import ModelError
+
+__all__ = ["Bernoulli", "Likelihood", "Normal"]
+
+
+class Likelihood(Configured, nn.Module, ABC):
+    """p(x_i | ψ_{k,i}): how a pixel with C channels follows from its P unconstrained parameters.
+
+    Channels are independent given the component and multiply within it.
+    """
+
+    @abstractmethod
+    def distribution(self, psi: Tensor) -> dist.TorchDistribution:
+        """The distribution with batch shape (..., D) and event shape (C,) for `psi` (..., D, P)."""
+
+    @abstractmethod
+    def log_prob(self, x: Tensor, psi: Tensor) -> Tensor:
+        """log p(x_i | ψ_i) in nats, summed over channels: x (..., D, C), psi (..., D, P) -> (..., D)."""
+
+    @abstractmethod
+    def mean(self, psi: Tensor) -> Tensor:
+        """E[x_i | ψ_i]: (..., D, P) -> (..., D, C)."""
+
+    @abstractmethod
+    def score(self, x: Tensor, mean: Tensor) -> Tensor:
+        """∂ log p(x_i | ψ_i) / ∂ψ_i at the ψ whose mean is given: x, mean (..., D, C) -> (..., D, P)."""
+
+    @abstractmethod
+    def saturated_log_prob(self, x: Tensor) -> Tensor:
+        """max over ψ of log p(x_i | ψ), as in the deviance of a generalised linear model: (..., D, C) -> (..., D)."""
+
+    def check(self, x: Tensor) -> None:
+        """Raises `ModelError` where `x` is outside the likelihood's support."""
+
+
+class Bernoulli(Likelihood):
+    """Binary pixels; ψ are logits, P = C. Grey values in [0, 1] count as expected bits.
+
+    >>> Bernoulli().log_prob(torch.ones(1, 1), torch.zeros(1, 1))
+    tensor([-0.6931])
+    """
+
+    def distribution(self, psi: Tensor) -> dist.TorchDistribution:  # noqa: D102
+        return dist.Bernoulli(logits=psi, validate_args=False).to_event(1)
+
+    def log_prob(self, x: Tensor, psi: Tensor) -> Tensor:  # noqa: D102
+        return (x * psi - F.softplus(psi)).sum(-1)
+
+    def mean(self, psi: Tensor) -> Tensor:  # noqa: D102
+        return psi.sigmoid()
+
+    def score(self, x: Tensor, mean: Tensor) -> Tensor:  # noqa: D102
+        return x - mean
+
+    def saturated_log_prob(self, x: Tensor) -> Tensor:  # noqa: D102
+        return (torch.xlogy(x, x) + torch.xlogy(1 - x, 1 - x)).sum(-1)
+
+    def check(self, x: Tensor) -> None:  # noqa: D102
+        if not bool(((x >= 0) & (x <= 1)).all()):
+            raise ModelError(
+                f"Bernoulli pixels must lie in [0, 1], but x goes from {x.min():.4g} to {x.max():.4g}: "
+                "rescale the images or use the Normal likelihood"
+            )
+
+
+class Normal(Likelihood):
+    """Real-valued pixels; ψ are means, P = C.
+
+    Args:
+        sigma: standard deviation: one number, or one per channel.
+        learn_sigma: whether σ is a parameter of the model, starting from `sigma`.
+
+    Raises:
+        ModelError: σ is not positive and finite.
+
+    >>> Normal(sigma=0.25).log_prob(torch.ones(1, 1), torch.ones(1, 1))
+    tensor([0.4674])
+    """
+
+    log_sigma: Tensor
+
+    def __init__(self, sigma: float | tuple[float, ...] = 1.0, *, learn_sigma: bool = False):
+        super().__init__()
+        value = torch.as_tensor(sigma, dtype=torch.get_default_dtype())
+        if value.dim() > 1 or not bool(((value > 0) & value.isfinite()).all()):
+            raise ModelError(f"sigma must be one positive number, or one per channel, but is {sigma}")
+        if learn_sigma:
+            self.log_sigma = nn.Parameter(value.log())
+        else:
+            self.register_buffer("log_sigma", value.log())
+
+    @property
+    def sigma(self) -> Tensor:
+        """The standard deviation: () or (C,)."""
+        return self.log_sigma.exp()
+
+    def distribution(self, psi: Tensor) -> dist.TorchDistribution:  # noqa: D102
+        return dist.Normal(psi, self.sigma.expand_as(psi), validate_args=False).to_event(1)
+
+    def log_prob(self, x: Tensor, psi: Tensor) -> Tensor:  # noqa: D102
+        error = (x - psi) / self.sigma
+        return (-0.5 * error.square() - self.log_sigma - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def mean(self, psi: Tensor) -> Tensor:  # noqa: D102
+        return psi
+
+    def score(self, x: Tensor, mean: Tensor) -> Tensor:  # noqa: D102
+        return (x - mean) / self.sigma.square()
+
+    def saturated_log_prob(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.log_prob(x, x)

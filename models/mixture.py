@@ -1,0 +1,207 @@
+"""The spatial mixture: one generative model of images made of parts, declared in Pyro."""
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.ops.indexing import Vindex
+from torch import Tensor, nn
+
+from pnem.models.config import Configured
+from pnem.models.decoders import Decoder
+from pnem.models.errors import ModelError
+from pnem.models.likelihoods import Likelihood
+from pnem.models.parameters import register_parameters
+
+__all__ = ["SpatialMixture"]
+
+
+class SpatialMixture(Configured, nn.Module):
+    r"""A mixture of K components that explain the pixels of an image between them.
+
+        θ_k ~ p(θ)          z_i ~ Categorical(π)          x_i | z_i = k ~ likelihood(ψ_{k,i}),   ψ_k = decoder(θ_k)
+
+    **Ownership.** Given a pixel prior P₀, every component that does not own pixel i is observed to explain P₀ there:
+
+        log p(x_i, z_i = k | ψ) = log π_k + log p(x_i | ψ_{k,i}) + w Σ_{j≠k} E_{P₀}[log p(x₀ | ψ_{j,i})]
+
+    which is what makes components divide an image among them (the inter-cluster term of Greff et al. 2017, eq. 6,
+    declared as part of the model). Without a pixel prior it is the plain mixture.
+
+    It is an ordinary Pyro program: plates ``"images"`` (dim -2), ``"components"`` and ``"pixels"`` (dim -1); sites
+    ``"theta"`` (event dim 1), ``"z"`` (enumerated in parallel), ``"x"`` (event dim 1); ``max_plate_nesting`` is 2.
+
+    Args:
+        decoder: the network from θ to the pixels' parameters.
+        likelihood: the distribution of a pixel given its parameters.
+        num_components: K.
+        prior: p(θ): ``"flat"`` (maximum likelihood) or ``"standard_normal"``.
+        mixing: π: ``"uniform"`` or ``"learned"``.
+        pixel_prior: the mean of P₀: Bernoulli(p) for Bernoulli pixels, a point at μ₀ for Normal ones; None for the
+            plain mixture.
+        ownership: w, the weight of the ownership term.
+
+    Raises:
+        ModelError: K < 1, an unknown prior or mixing, a weight that is negative or not finite, or a pixel prior
+            outside the likelihood's support.
+
+    >>> from pnem.models import Bernoulli, decoders
+    >>> model = SpatialMixture(decoders.Linear(5, (8, 8, 1)), Bernoulli(), num_components=3, pixel_prior=0.0)
+    >>> x, theta = torch.ones(2, 64, 1), torch.zeros(2, 3, 5)
+    >>> model.responsibilities(x, theta).shape, model.log_evidence(x, theta).shape
+    (torch.Size([2, 3, 64]), torch.Size([2]))
+    """
+
+    pixel_prior: Tensor | None
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        likelihood: Likelihood,
+        num_components: int,
+        *,
+        prior: str = "flat",
+        mixing: str = "uniform",
+        pixel_prior: float | None = None,
+        ownership: float = 1.0,
+    ):
+        super().__init__()
+        if num_components < 1:
+            raise ModelError(f"num_components must be at least 1, but is {num_components}")
+        if prior not in ("flat", "standard_normal"):
+            raise ModelError(f'prior must be "flat" or "standard_normal", but is {prior!r}')
+        if mixing not in ("uniform", "learned"):
+            raise ModelError(f'mixing must be "uniform" or "learned", but is {mixing!r}')
+        if not 0 <= ownership < float("inf"):
+            raise ModelError(f"ownership must be a finite weight of at least 0, but is {ownership}")
+        self.decoder = decoder
+        self.likelihood = likelihood
+        self.num_components = num_components
+        self.prior = prior
+        self.ownership = float(ownership)
+        if pixel_prior is None:
+            self.pixel_prior = None
+        else:
+            mean = torch.full((1,), float(pixel_prior))
+            likelihood.check(mean)
+            self.register_buffer("pixel_prior", mean, persistent=False)
+        logits = torch.zeros(num_components)
+        if mixing == "learned":
+            self.mixing_logits: Tensor = nn.Parameter(logits)
+        else:
+            self.register_buffer("mixing_logits", logits, persistent=False)
+
+    @property
+    def latent_features(self) -> int:
+        """M, the size of θ_k."""
+        return self.decoder.latent_features
+
+    @property
+    def num_pixels(self) -> int:
+        """D, the pixels of an image."""
+        return self.decoder.num_pixels
+
+    @property
+    def log_mixing(self) -> Tensor:
+        """log π: (K,)."""
+        return self.mixing_logits.log_softmax(-1)
+
+    @property
+    def mixing(self) -> Tensor:
+        """π: (K,)."""
+        return self.log_mixing.exp()
+
+    def decode(self, theta: Tensor) -> Tensor:
+        """ψ = f_φ(θ), in single precision at least, whatever the decoder computes in: (..., K, M) -> (..., K, D, P)."""
+        psi = self.decoder(theta)
+        return psi.to(torch.promote_types(psi.dtype, torch.float32))
+
+    def log_joint(self, x: Tensor, theta: Tensor) -> Tensor:
+        """log p(x_i, z_i = k | θ) in nats, ownership included: x (B, D, C), theta (B, K, M) -> (B, K, D).
+
+        Raises:
+            ModelError: the shapes of x, θ and the model do not go together.
+        """
+        self.check(x)
+        if theta.shape[-2:] != (self.num_components, self.latent_features):
+            raise ModelError(
+                f"theta has shape {tuple(theta.shape)}, but this model needs "
+                f"(B, K={self.num_components}, M={self.latent_features})"
+            )
+        return self.log_joint_at(x, self.decode(theta))
+
+    def responsibilities(self, x: Tensor, theta: Tensor) -> Tensor:
+        """γ_{k,i} = p(z_i = k | x_i, θ): x (B, D, C), theta (B, K, M) -> (B, K, D)."""
+        return self.log_joint(x, theta).softmax(-2)
+
+    def log_evidence(self, x: Tensor, theta: Tensor) -> Tensor:
+        """log p(x | θ) = Σ_i log Σ_k p(x_i, z_i = k | θ), in nats per image: x (B, D, C), theta (B, K, M) -> (B,)."""
+        return self.log_joint(x, theta).logsumexp(-2).sum(-1)
+
+    def log_joint_at(self, x: Tensor, psi: Tensor) -> Tensor:
+        """`log_joint` from decoded parameters: x (..., D, C), psi (..., K, D, P) -> (..., K, D)."""
+        log_joint = self.log_mixing.unsqueeze(-1) + self.likelihood.log_prob(x.unsqueeze(-3), psi)
+        if self.owned:
+            unowned = self.log_unowned(psi)
+            log_joint = log_joint + self.ownership * (unowned.sum(-2, keepdim=True) - unowned)
+        return log_joint
+
+    @property
+    def owned(self) -> bool:
+        """Whether the model has an ownership term."""
+        return self.pixel_prior is not None and self.ownership > 0
+
+    def log_unowned(self, psi: Tensor) -> Tensor:
+        """E_{P₀}[log p(x₀ | ψ)] in nats per pixel: (..., K, D, P) -> (..., K, D).
+
+        For Bernoulli pixels log p is linear in x₀, so that the expectation is its value at the mean of P₀.
+        """
+        if self.pixel_prior is None:
+            raise ModelError("this mixture has no pixel prior: give SpatialMixture(..., pixel_prior=...)")
+        return self.likelihood.log_prob(self.pixel_prior, psi)
+
+    def log_prior(self, theta: Tensor) -> Tensor:
+        """log p(θ) in nats per image, zero where the prior is flat: (..., K, M) -> (...)."""
+        return self._prior().log_prob(theta).sum(-1)
+
+    def _prior(self) -> dist.TorchDistribution:
+        normal = dist.Normal(self.mixing_logits.new_zeros(()), self.mixing_logits.new_ones(()))
+        # A masked Normal keeps its site in the trace, but contributes nothing: a flat prior.
+        return normal.expand([self.latent_features]).to_event(1).mask(self.prior != "flat")
+
+    def check(self, x: Tensor) -> None:
+        """Raises `ModelError` unless `x` is (..., D, C) with this model's pixels, finite, and in the support."""
+        channels = self.decoder.image_shape[2]
+        if x.dim() < 3 or tuple(x.shape[-2:]) != (self.num_pixels, channels):
+            raise ModelError(
+                f"x has shape {tuple(x.shape)}, but this model needs (B, D={self.num_pixels}, C={channels}): "
+                f"images of {self.decoder.image_shape[0]}×{self.decoder.image_shape[1]} pixels, flattened row by row"
+            )
+        if not bool(x.isfinite().all()):
+            raise ModelError(f"x holds {int((~x.isfinite()).sum())} values that are NaN or infinite")
+        self.likelihood.check(x)
+
+    def forward(self, x: Tensor | None = None, num_images: int = 1) -> Tensor:
+        """The Pyro program: scores the images `x` (B, D, C), or generates `num_images` of them.
+
+        z_i is drawn from p(z_i | θ) of the declared model, which ownership makes depend on ψ, and the ``"unowned"``
+        factor carries the rest of the ownership term. The joint density is the declared one, and what is generated
+        respects ownership.
+        """
+        register_parameters("model", self)
+        if x is not None:
+            self.check(x)
+        with pyro.plate("images", num_images if x is None else len(x), dim=-2):
+            with pyro.plate("components", self.num_components, dim=-1):
+                theta = pyro.sample("theta", self._prior())
+            psi = self.decode(theta)
+            log_weights = self.log_mixing.unsqueeze(-1).expand(psi.shape[:-1])
+            with pyro.plate("pixels", self.num_pixels, dim=-1):
+                if self.owned:
+                    unowned = self.ownership * self.log_unowned(psi)
+                    log_weights = log_weights - unowned
+                    pyro.factor("unowned", unowned.sum(-2) + log_weights.logsumexp(-2))
+                z = pyro.sample(
+                    "z", dist.Categorical(logits=log_weights.transpose(-1, -2)), infer={"enumerate": "parallel"}
+                )
+                psi_z = Vindex(psi.transpose(-2, -3))[..., z, :]
+                return pyro.sample("x", self.likelihood.distribution(psi_z), obs=x)

@@ -1,0 +1,209 @@
+"""The command line: ``pnem data``, ``train``, ``evaluate``, ``infer``, ``demo``."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pnem.errors import PnemError, RunError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Probabilistic modelling of images made of parts: one generative model, interchangeable inference.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    add_completion=False,
+)
+data_app = typer.Typer(help="Generate data sets in the N-EM authors' HDF5 layout.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+RunArgument = Annotated[Path, typer.Argument(help="A run directory, as pnem train wrote it.", metavar="RUN")]
+DataArgument = Annotated[Path, typer.Argument(help="An HDF5 file, as pnem data writes it.", metavar="DATA")]
+SplitOption = Annotated[str, typer.Option(help="training, validation or test.")]
+LimitOption = Annotated[int | None, typer.Option(help="Use only the first so many images.")]
+RestartsOption = Annotated[int, typer.Option(help="Starts per image; the one with the best evidence is kept.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
+
+@data_app.command("static-shapes")
+def static_shapes(
+    path: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")],
+    objects: Annotated[int, typer.Option(help="Shapes per image.")] = 3,
+    size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 28,
+    train: Annotated[int, typer.Option(help="Training images.")] = 50_000,
+    valid: Annotated[int, typer.Option(help="Validation images.")] = 10_000,
+    test: Annotated[int, typer.Option(help="Test images.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Seed of the generator.")] = 0,
+) -> None:
+    """Binary images of outlined squares and triangles.
+
+    Example: `pnem data static-shapes shapes.h5 --objects 3 --size 28`
+    """
+    from pnem.data import write_static_shapes
+
+    write_static_shapes(path, num_objects=objects, size=size, train=train, valid=valid, test=test, seed=seed)
+    Console().print(f"wrote {train} training, {valid} validation and {test} test images to {path}")
+
+
+@app.command()
+def train(
+    data: DataArgument,
+    strategy: Annotated[str, typer.Option(help="rnn-em or n-em.")],
+    out: Annotated[Path, typer.Option(help="The run directory to write.")],
+    preset: Annotated[str | None, typer.Option(help="A recipe; the default is the strategy's best one.")] = None,
+    components: Annotated[int | None, typer.Option(help="K.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="T, E- and M-steps per image.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Adam's.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of parameters, shuffling, noise and initial γ.")] = 0,
+    device: DeviceOption = "auto",
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
+    train_limit: Annotated[int | None, typer.Option(help="Use only the first so many training images.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the unroll: a slow start, faster steps.")] = False,  # noqa: A002
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out after its last epoch.")] = False,
+) -> None:
+    """Train a strategy together with its model.
+
+    Example: `pnem train shapes.h5 --strategy rnn-em --out runs/rnn-em`
+    """
+    import torch
+
+    from pnem.data import ImageDataset
+    from pnem.presets import find_preset
+    from pnem.training import fit
+
+    recipe = find_preset(strategy, preset)
+    image_shape = ImageDataset.from_hdf5(data, "training").image_shape
+    torch.manual_seed(seed)
+    parts = recipe.build(image_shape, components=components, iterations=iterations)
+    given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "train_limit": train_limit}
+    settings = {**recipe.training, **{name: value for name, value in given.items() if value is not None}}
+    run = fit(
+        parts.model,
+        parts.strategy,
+        data,
+        objective=parts.objective,
+        out=out,
+        resume=resume,
+        seed=seed,
+        device=device,
+        precision=precision,
+        compile=compile,
+        **settings,
+    )
+    best = run.history.loc[run.history["valid_loss"].idxmin()]
+    Console().print(
+        f"trained {len(run.history)} epochs in {run.history['seconds'].iloc[-1]:.0f} s; best epoch {best['epoch']:.0f}: "
+        f"ELBO {best['valid_elbo']:.2f} nats per image, ARI {best['valid_ari']:.3f} on the validation split\n"
+        f"the run is in {out}; next: pnem evaluate {out} {data}"
+    )
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    data: DataArgument,
+    split: SplitOption = "test",
+    limit: LimitOption = None,
+    restarts: RestartsOption = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the initial γ.")] = 0,
+    device: DeviceOption = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores to this file.")] = None,
+) -> None:
+    """Score a run: grouping against the true objects, evidence, reconstruction.
+
+    Example: `pnem evaluate runs/rnn-em shapes.h5 --limit 1000 --restarts 8`
+    """
+    from pnem.files import write_atomically
+    from pnem.run import load
+
+    if json_file is not None and json_file.exists():
+        raise RunError(f"{json_file} exists already: choose another name")
+    scores = load(run, device=device).evaluate(
+        data, split=split, limit=limit, restarts=restarts, seed=seed, progress=True
+    )
+    table = Table(title=f"{run} on {scores.images} {split} images")
+    table.add_column("score")
+    table.add_column("mean", justify="right")
+    table.add_column("standard error", justify="right")
+    table.add_row("AMI", f"{scores.ami:.4f}", f"{scores.ami_se:.4f}")
+    table.add_row("ARI", f"{scores.ari:.4f}", f"{scores.ari_se:.4f}")
+    table.add_row("log evidence at θ  [nats per image]", f"{scores.log_evidence:.2f}", "")
+    table.add_row("BCE of the reconstruction  [nats per image]", f"{scores.bce:.2f}", "")
+    Console().print(table)
+    if json_file is not None:
+        # NaN is not JSON.
+        values = {name: None if value != value else value for name, value in scores._asdict().items()}
+        write_atomically(json_file, (json.dumps(values, indent=2) + "\n").encode())
+
+
+@app.command()
+def infer(
+    run: RunArgument,
+    data: DataArgument,
+    out: Annotated[Path, typer.Option(help="The HDF5 file to write; it must not exist.")],
+    split: SplitOption = "test",
+    limit: LimitOption = None,
+    restarts: RestartsOption = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the initial γ.")] = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Write responsibilities, labels and each component's prediction to HDF5.
+
+    Datasets: gamma (N, K, H, W), labels (N, H, W), psi as means (N, K, H, W, C).
+
+    Example: `pnem infer runs/rnn-em shapes.h5 --out pred.h5 --limit 1000`
+    """
+    from pnem.predictions import write_predictions
+    from pnem.run import load
+
+    count = write_predictions(
+        load(run, device=device), data, out, split=split, limit=limit, restarts=restarts, seed=seed, progress=True
+    )
+    Console().print(f"wrote gamma, labels and psi of {count} {split} images to {out}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The directory to write; it must not exist.")] = Path("pnem-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    device: DeviceOption = "auto",
+    small: Annotated[bool, typer.Option("--small", help="A minute's worth of work, to see that all runs.")] = False,
+) -> None:
+    """Make data, train both strategies briefly, compare them, draw the figures.
+
+    Example: `pnem demo --out pnem-demo`
+    """
+    from pnem.demo import run_demo
+
+    run_demo(out, seed=seed, device=device, small=small, console=Console())
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """The entry point: errors become one clear message, without a traceback."""
+    errors = Console(stderr=True)
+    try:
+        app(arguments)
+    except PnemError as error:
+        errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt as error:
+        errors.print(str(error) or "interrupted", highlight=False, soft_wrap=True)
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

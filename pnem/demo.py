@@ -1,0 +1,99 @@
+"""The main job in one call: data, two strategies on one model, a table and figures."""
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pnem import plots
+from pnem.data import ImageDataset, write_static_shapes
+from pnem.errors import RunError
+from pnem.inference import Posterior
+from pnem.presets import PRESETS
+from pnem.run import Run, Scores
+from pnem.training import fit
+
+__all__ = ["run_demo"]
+
+TITLES = {"rnn-em": "RNN-EM", "n-em": "N-EM"}
+
+
+class Scale(NamedTuple):
+    """How much work the demo does."""
+
+    train: int
+    test: int
+    epochs: dict[str, int]
+
+
+FULL = Scale(50_000, 1_000, {"rnn-em": 3, "n-em": 2})
+SMALL = Scale(640, 50, {"rnn-em": 1, "n-em": 1})
+
+
+def run_demo(out: Path, *, seed: int, device: str, small: bool, console: Console) -> None:
+    """Writes data, runs and figures under `out`, and prints what it found.
+
+    Raises:
+        RunError: `out` exists.
+    """
+    if out.exists():
+        raise RunError(f"{out} exists already: choose another name with --out, or remove it")
+    scale = SMALL if small else FULL
+    data = out / "shapes.h5"
+    out.mkdir(parents=True)
+    console.print(f"generating {scale.train} images of three shapes each")
+    write_static_shapes(data, train=scale.train, valid=scale.test, test=scale.test, seed=seed)
+    x = ImageDataset.from_hdf5(data, "test", limit=50).__getitems__(range(50)).x
+    table = Table(title=f"static shapes, {scale.test} test images, K = 4")
+    for column in ("strategy", "test AMI", "test ARI", "ELBO  [nats per image]", "seconds to train"):
+        table.add_column(column, justify="left" if column == "strategy" else "right")
+    runs: dict[str, Run] = {}
+    posteriors: dict[str, Posterior] = {}
+    for name, title in TITLES.items():
+        console.print(f"training {title}")
+        start = time.perf_counter()
+        runs[title] = _train(name, data, out / name, scale.epochs[name], seed, device)
+        seconds = time.perf_counter() - start
+        scores = runs[title].evaluate(data, seed=seed, progress=True)
+        table.add_row(*_row(title, scores), f"{seconds:.0f}")
+        torch.manual_seed(seed)
+        posteriors[title] = runs[title].infer(x)
+    console.print(table)
+    _draw(out, x, runs, posteriors)
+    console.print(
+        f"Figures: {out}/overview-*.png, {out}/training.png, {out}/elbo.png\n"
+        "What to try next:\n"
+        f"  pnem evaluate {out / 'rnn-em'} {data} --restarts 8\n"
+        f"  pnem train {data} --strategy rnn-em --out runs/rnn-em    (the full training)\n"
+        "  notebooks/01_one_model_two_strategies.ipynb",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _train(name: str, data: Path, directory: Path, epochs: int, seed: int, device: str) -> Run:
+    preset = PRESETS[name]
+    torch.manual_seed(seed)
+    model, strategy, objective = preset.build(ImageDataset.from_hdf5(data, "training").image_shape)
+    settings = {**preset.training, "epochs": epochs}
+    return fit(model, strategy, data, objective=objective, out=directory, seed=seed, device=device, **settings)
+
+
+def _row(title: str, scores: Scores) -> tuple[str, ...]:
+    return (
+        title,
+        f"{scores.ami:.3f} ± {scores.ami_se:.3f}",
+        f"{scores.ari:.3f} ± {scores.ari_se:.3f}",
+        f"{scores.log_evidence:.1f}",
+    )
+
+
+def _draw(out: Path, x: torch.Tensor, runs: dict[str, Run], posteriors: dict[str, Posterior]) -> None:
+    shape = next(iter(runs.values())).settings.image_shape
+    for name, title in TITLES.items():
+        plots.overview(x, posteriors[title], shape).savefig(out / f"overview-{name}.png")
+    plots.training_curves({title: run.history for title, run in runs.items()}).savefig(out / "training.png")
+    plots.elbo_by_iteration(posteriors).savefig(out / "elbo.png")

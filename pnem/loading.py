@@ -1,0 +1,101 @@
+"""From a file or datasets to the batches that training and inference run on."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
+
+from pnem.data import Batch, ImageDataset
+from pnem.errors import DataError
+from pnem.models import SpatialMixture
+
+__all__ = ["Splits", "batches", "open_split", "open_splits"]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The splits of a data set, and where they came from."""
+
+    datasets: Mapping[str, ImageDataset]
+    source: str
+
+    def limited(self, split: str, limit: int | None) -> ImageDataset:
+        """A split, or its first `limit` images."""
+        dataset = self.datasets[split]
+        return dataset if limit is None else dataset.limited(limit)
+
+
+def open_splits(data: str | Path | Mapping[str, ImageDataset], names: Sequence[str], model: SpatialMixture) -> Splits:
+    """The named splits, checked against the model.
+
+    Raises:
+        DataError: a split is missing, or its images are not those the model is for.
+    """
+    if isinstance(data, Mapping):
+        missing = [name for name in names if name not in data]
+        if missing:
+            raise DataError(f"the data have splits {sorted(data)}, but {missing[0]!r} is needed")
+        datasets, source = {name: data[name] for name in names}, "memory"
+    else:
+        datasets, source = {name: ImageDataset.from_hdf5(data, name) for name in names}, str(data)
+    for name, dataset in datasets.items():
+        _check_fits(dataset, f"{source}, split {name!r}", model)
+    return Splits(datasets, source)
+
+
+def open_split(
+    data: str | Path | ImageDataset | Mapping[str, ImageDataset], split: str, model: SpatialMixture
+) -> ImageDataset:
+    """One split, checked against the model."""
+    return open_splits({split: data} if isinstance(data, ImageDataset) else data, [split], model).datasets[split]
+
+
+def _check_fits(dataset: ImageDataset, source: str, model: SpatialMixture) -> None:
+    if dataset.num_frames != 1:
+        raise DataError(
+            f"{source} holds sequences of {dataset.num_frames} frames, but static images (T = 1) are needed"
+        )
+    expected = tuple(model.decoder.image_shape)
+    if tuple(dataset.image_shape) != expected:
+        raise DataError(
+            f"{source} holds images of shape (H, W, C) = {tuple(dataset.image_shape)}, "
+            f"but the model is for {expected}: use data of that shape, or build the model for these"
+        )
+
+
+def batches(dataset: ImageDataset, batch_size: int, *, shuffle_seed: int | None = None) -> "DataLoader[Batch]":
+    """Batches in order, the last one perhaps smaller; or shuffled anew every epoch, all of the same size."""
+    shuffle = shuffle_seed is not None
+    sampler = EpochShuffle(len(dataset), shuffle_seed) if shuffle_seed is not None else SequentialSampler(dataset)
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=BatchSampler(sampler, batch_size, drop_last=shuffle),
+        collate_fn=_as_it_is,
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class EpochShuffle(Sampler[int]):
+    """A permutation that depends on the seed and the epoch alone, so that a resumed run sees what it would have seen."""
+
+    def __init__(self, size: int, seed: int):
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(torch.randperm(self.size, generator=generator).tolist())

@@ -1,0 +1,152 @@
+"""Ready-made (model, strategy, objective) triples with the settings to train them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pnem.errors import RunError, StrategyError
+from pnem.inference import ELBO, NEM, RNNEM, BitFlip, NEMLoss, Objective, Strategy
+from pnem.models import Bernoulli, SpatialMixture, decoders
+
+__all__ = ["PRESETS", "STRATEGIES", "Parts", "Preset", "find_preset"]
+
+
+class Parts(NamedTuple):
+    """What `pnem.fit` takes: ``fit(model, strategy, data, objective=objective)``."""
+
+    model: SpatialMixture
+    strategy: Strategy
+    objective: Objective
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named recipe.
+
+    Attributes:
+        strategy: the strategy's name at the command line.
+        summary: one line on what it is.
+        parts: builds the parts for images of shape (H, W, C), K components and T iterations.
+        components: the default K.
+        iterations: the default T.
+        training: the fields of `pnem.training.TrainingSettings` that it sets.
+    """
+
+    strategy: str
+    summary: str
+    parts: Callable[[Sequence[int], int, int], Parts]
+    components: int
+    iterations: int
+    training: Mapping[str, Any]
+
+    def build(
+        self, image_shape: Sequence[int], *, components: int | None = None, iterations: int | None = None
+    ) -> Parts:
+        """The parts, with freshly initialised parameters (torch's global generator).
+
+        Raises:
+            ModelError, StrategyError: the recipe cannot serve these images, components or iterations.
+
+        >>> model, strategy, objective = PRESETS["rnn-em"].build((28, 28, 1), components=3)
+        >>> strategy.iterations
+        10
+        """
+        return self.parts(
+            image_shape,
+            self.components if components is None else components,
+            self.iterations if iterations is None else iterations,
+        )
+
+
+def _rnn_em(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
+    model = SpatialMixture(decoders.Linear(250, image_shape), Bernoulli(), components, pixel_prior=0.0)
+    return Parts(model, RNNEM(model, iterations=iterations, noise=BitFlip(0.1)), ELBO("ramp"))
+
+
+def _n_em(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
+    model = SpatialMixture(_tied(image_shape), Bernoulli(), components, pixel_prior=0.0)
+    strategy = NEM(model, iterations=iterations, noise=BitFlip(0.1), e_step="greff2017")
+    return Parts(model, strategy, NEMLoss("ramp"))
+
+
+def _greff2017_static_rnn_em(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
+    model = SpatialMixture(decoders.Linear(250, image_shape), Bernoulli(), components, pixel_prior=0.0)
+    strategy = RNNEM(model, iterations=iterations, noise=BitFlip(0.1), e_step="greff2017")
+    return Parts(model, strategy, NEMLoss("last"))
+
+
+def _greff2017_static_n_em(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
+    model = SpatialMixture(_tied(image_shape), Bernoulli(), components, pixel_prior=0.0)
+    strategy = NEM(model, iterations=iterations, noise=BitFlip(0.1), e_step="greff2017")
+    return Parts(model, strategy, NEMLoss("last"))
+
+
+def _tied(image_shape: Sequence[int]) -> decoders.Linear:
+    return decoders.Linear(250, image_shape, bias=False, input_activation="sigmoid")
+
+
+_GREFF2017 = {"epochs": 500, "batch_size": 64, "learning_rate": 1e-3, "patience": 10}
+
+PRESETS: dict[str, Preset] = {
+    "rnn-em": Preset(
+        "rnn-em",
+        "pnem's own best RNN-EM: the ownership model and its ELBO",
+        _rnn_em,
+        4,
+        10,
+        {
+            "epochs": 20,
+            "batch_size": 64,
+            "learning_rate": 2e-3,
+            "schedule": "cosine",
+            "warmup_steps": 100,
+            "patience": None,
+        },
+    ),
+    "n-em": Preset(
+        "n-em",
+        "pnem's own best N-EM",
+        _n_em,
+        4,
+        10,
+        {
+            "epochs": 20,
+            "batch_size": 64,
+            "learning_rate": 1e-3,
+            "schedule": "cosine",
+            "warmup_steps": 100,
+            "patience": None,
+        },
+    ),
+    "greff2017-static-rnn-em": Preset(
+        "rnn-em",
+        "the original RNN-EM on static shapes (Greff et al. 2017)",
+        _greff2017_static_rnn_em,
+        4,
+        15,
+        _GREFF2017,
+    ),
+    "greff2017-static-n-em": Preset(
+        "n-em", "the original N-EM on static shapes (Greff et al. 2017)", _greff2017_static_n_em, 4, 15, _GREFF2017
+    ),
+}
+
+STRATEGIES = tuple(dict.fromkeys(preset.strategy for preset in PRESETS.values()))
+
+
+def find_preset(strategy: str, preset: str | None = None) -> Preset:
+    """The preset of that name, or the strategy's default.
+
+    Raises:
+        StrategyError: an unknown strategy.
+        RunError: an unknown preset, or one for another strategy.
+    """
+    if strategy not in STRATEGIES:
+        raise StrategyError(f"unknown strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
+    name = strategy if preset is None else preset
+    if name not in PRESETS:
+        raise RunError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    found = PRESETS[name]
+    if found.strategy != strategy:
+        raise RunError(f"preset {name!r} is for the strategy {found.strategy!r}, not {strategy!r}")
+    return found

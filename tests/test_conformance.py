@@ -1,0 +1,216 @@
+"""What every strategy promises, on every kind of model (design: conformance)."""
+
+import pyro
+import pytest
+import torch
+from cases import MODELS, STRATEGIES, images
+from pyro.infer import SVI, TraceEnum_ELBO
+from pyro.optim import Adam
+
+import pnem
+from pnem.data import ImageDataset
+from pnem.inference import ELBO, NEMLoss
+from pnem.models import Bernoulli, SpatialMixture, decoders
+
+every_strategy = pytest.mark.parametrize("strategy_name", STRATEGIES)
+every_model = pytest.mark.parametrize("model_name", MODELS)
+
+
+def pair(model_name: str, strategy_name: str, *shape_and_k):
+    model = MODELS[model_name](*shape_and_k)
+    return model, STRATEGIES[strategy_name](model)
+
+
+def splits(count: int, shape=(3, 4, 1)) -> dict[str, ImageDataset]:
+    features = images(count, shape).float().reshape(1, count, *shape)
+    groups = torch.randint(0, 3, (1, count, *shape[:2], 1))
+    return {name: ImageDataset(features.numpy(), groups.numpy()) for name in ("training", "validation", "test")}
+
+
+def snapshot(*modules: torch.nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for module in modules for p in module.parameters()]
+
+
+def assert_all_moved(before, *modules):
+    names = [name for module in modules for name, _ in module.named_parameters()]
+    stuck = [n for n, old, new in zip(names, before, snapshot(*modules), strict=True) if torch.equal(old, new)]
+    assert not stuck, f"never trained: {stuck}"
+
+
+@every_model
+@every_strategy
+@pytest.mark.usefixtures("float64")
+def test_last_step_elbo_equals_stock_pyro(model_name, strategy_name):
+    model, strategy = pair(model_name, strategy_name)
+    x = images(4)
+    torch.manual_seed(1)
+    ours = ELBO("last")(strategy, strategy.unroll(x), x)
+    torch.manual_seed(1)
+    stock = TraceEnum_ELBO(max_plate_nesting=2).differentiable_loss(model, strategy, x)
+    torch.testing.assert_close(ours.loss * 4, stock)
+    torch.testing.assert_close(ours.loss, -ours.elbo.mean())
+
+
+@every_model
+@every_strategy
+@pytest.mark.usefixtures("float64")
+def test_elbo_of_every_iteration_equals_stock_pyro_at_its_guide(model_name, strategy_name):
+    model, strategy = pair(model_name, strategy_name)
+    x = images(4)
+    for state in strategy.unroll(x):
+        stock = -TraceEnum_ELBO(max_plate_nesting=2).loss(model, strategy.guide_at(state), x)
+        assert strategy.elbo(state).sum().item() == pytest.approx(stock, rel=1e-10)
+
+
+@every_model
+@every_strategy
+def test_every_parameter_gets_a_gradient(model_name, strategy_name):
+    model, strategy = pair(model_name, strategy_name)
+    x = images(4)
+    ELBO("all")(strategy, strategy.unroll(x), x).loss.backward()
+    for name, parameter in [*model.named_parameters(), *strategy.named_parameters()]:
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.isfinite().all()), name
+        assert bool((parameter.grad != 0).any()), name
+
+
+@every_strategy
+def test_svi_trains_every_parameter(strategy_name):
+    model, strategy = pair("owned Normal", strategy_name)
+    before = snapshot(model, strategy)
+    svi = SVI(model, strategy, Adam({"lr": 0.01}), TraceEnum_ELBO(max_plate_nesting=2))
+    for _ in range(2):
+        svi.step(images(4))
+    assert_all_moved(before, model, strategy)
+
+
+@every_strategy
+def test_pyros_elbo_module_trains_every_parameter_with_torch_optim(strategy_name):
+    model, strategy = pair("owned Normal", strategy_name)
+    before = snapshot(model, strategy)
+    with pyro.settings.context(module_local_params=True):
+        loss = TraceEnum_ELBO(max_plate_nesting=2)(model, strategy)
+        # The strategy holds the model without owning it, so that no parameter comes twice.
+        optimizer = torch.optim.Adam([*model.parameters(), *strategy.parameters()], lr=0.01)
+        assert len({id(p) for p in loss.parameters()}) == len(list(loss.parameters())) == len(before)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss(images(4)).backward()
+            optimizer.step()
+    assert_all_moved(before, model, strategy)
+
+
+@every_strategy
+def test_fit_trains_every_parameter_and_the_run_round_trips(strategy_name, tmp_path):
+    model, strategy = pair("owned Normal", strategy_name)
+    before = snapshot(model, strategy)
+    run = pnem.fit(
+        model, strategy, splits(24), epochs=2, batch_size=8, device="cpu", progress=False, out=tmp_path / "run"
+    )
+    assert_all_moved(before, model, strategy)
+    again = pnem.load(tmp_path / "run")
+    x = images(5)
+    torch.manual_seed(2)
+    first = run.infer(x, restarts=2)
+    torch.manual_seed(2)
+    second = again.infer(x, restarts=2)
+    for a, b in zip(first[:6], second[:6], strict=True):
+        assert torch.equal(a, b)
+    assert again.evaluate(splits(6)) == run.evaluate(splits(6))
+    assert again.history.to_dict("list").keys() == run.history.to_dict("list").keys()
+
+
+@every_strategy
+@pytest.mark.parametrize(
+    ("B", "K", "shape"), [(1, 3, (3, 4, 1)), (2, 1, (3, 4, 1)), (2, 3, (1, 1, 1)), (2, 2, (2, 3, 3)), (1, 1, (1, 1, 1))]
+)
+def test_shapes_hold_at_the_edges(strategy_name, B, K, shape):
+    for model_name in MODELS:
+        model, strategy = pair(model_name, strategy_name, shape, K)
+        x, D = images(B, shape), shape[0] * shape[1]
+        posterior = strategy.infer(x, restarts=2)
+        T = strategy.iterations
+        assert posterior.theta.shape == (B, K, 5)
+        assert posterior.psi.shape == posterior.mean.shape == (B, K, D, shape[2])
+        assert posterior.gamma.shape == (B, K, D)
+        assert posterior.log_evidence.shape == (B,)
+        assert posterior.labels.shape == (B, D)
+        assert posterior.reconstruction.shape == x.shape
+        assert posterior.elbo_trace.shape == (T, B)
+        assert posterior.trace.theta.shape == (T, B, K, 5)
+        torch.testing.assert_close(posterior.gamma.sum(1), torch.ones(B, D))
+        assert bool(posterior.log_evidence.isfinite().all())
+        stock = TraceEnum_ELBO(max_plate_nesting=2).loss(model, strategy.eval(), x)
+        assert stock == stock
+        pyro.clear_param_store()
+
+
+@every_model
+@every_strategy
+@pytest.mark.usefixtures("float64")
+def test_permuting_the_initial_components_permutes_the_result(model_name, strategy_name):
+    if model_name in ("plain Bernoulli", "owned Normal"):
+        pytest.skip("learned mixing weights tell components apart")
+    _, strategy = pair(model_name, strategy_name)
+    x, gamma = images(3), torch.rand(3, 3, 12).softmax(1)
+    order = [2, 0, 1]
+    straight, permuted = strategy.infer(x, gamma=gamma), strategy.infer(x, gamma=gamma[:, order])
+    torch.testing.assert_close(permuted.theta, straight.theta[:, order])
+    torch.testing.assert_close(permuted.gamma, straight.gamma[:, order])
+    torch.testing.assert_close(permuted.log_evidence, straight.log_evidence)
+
+
+@every_strategy
+def test_images_of_a_batch_do_not_touch_each_other(strategy_name):
+    _, strategy = pair("owned Bernoulli", strategy_name)
+    x, gamma = images(3), torch.rand(3, 3, 12).softmax(1)
+    together, alone = strategy.infer(x, gamma=gamma), strategy.infer(x[1:2], gamma=gamma[1:2])
+    torch.testing.assert_close(together.gamma[1:2], alone.gamma)
+
+
+@every_model
+@every_strategy
+def test_single_precision_agrees_with_double(model_name, strategy_name):
+    model, strategy = pair(model_name, strategy_name)
+    x, gamma = images(3), torch.rand(3, 3, 12).softmax(1)
+    single = strategy.infer(x, gamma=gamma)
+    model.double(), strategy.double()
+    double = strategy.infer(x.double(), gamma=gamma.double())
+    assert double.gamma.dtype == torch.float64
+    torch.testing.assert_close(single.log_evidence.double(), double.log_evidence, rtol=1e-4, atol=1e-4)
+
+
+@every_strategy
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_agrees_with_cpu(strategy_name):
+    model, strategy = pair("owned Bernoulli", strategy_name)
+    x, gamma = images(3).double(), torch.rand(3, 3, 12).softmax(1).double()
+    model.double(), strategy.double()
+    cpu = strategy.infer(x, gamma=gamma)
+    model.cuda(), strategy.cuda()
+    gpu = strategy.infer(x.cuda(), gamma=gamma.cuda())
+    torch.testing.assert_close(gpu.gamma.cpu(), cpu.gamma)
+    torch.testing.assert_close(gpu.log_evidence.cpu(), cpu.log_evidence)
+
+
+@every_strategy
+@pytest.mark.slow
+def test_compiled_losses_and_gradients_equal_eager(strategy_name):
+    model = SpatialMixture(decoders.Linear(5, (3, 4, 1)), Bernoulli(), 3, pixel_prior=0.0).double()
+    strategy = STRATEGIES[strategy_name](model).double()
+    objective = NEMLoss("ramp")
+    x = images(4).double()
+    start = strategy.start(x)
+    gradients = []
+    for wrap in (lambda f: f, lambda f: torch.compile(f, fullgraph=True)):
+        model.zero_grad(), strategy.zero_grad()
+
+        def loss(state, x_in, x):
+            return objective(strategy, strategy.rollout(state, x_in, x), x).loss
+
+        value = wrap(loss)(*start, x)
+        value.backward()
+        gradients.append([value, *(p.grad.clone() for m in (model, strategy) for p in m.parameters())])
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=1e-10)
