@@ -116,7 +116,8 @@ def test_fit_trains_every_parameter_and_the_run_round_trips(strategy_name, tmp_p
     second = again.infer(x, restarts=2)
     for a, b in zip(first[:6], second[:6], strict=True):
         assert torch.equal(a, b)
-    assert again.evaluate(splits(6)) == run.evaluate(splits(6))
+    held_out = splits(6)
+    assert again.evaluate(held_out) == pytest.approx(run.evaluate(held_out), abs=0, nan_ok=True)
     assert again.history.to_dict("list").keys() == run.history.to_dict("list").keys()
 
 
