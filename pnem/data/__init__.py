@@ -1,0 +1,16 @@
+"""Data sets of images with a true grouping of their pixels: read, written and generated."""
+
+from pnem.data.hdf5 import MEMORY_LIMIT, Batch, ImageDataset
+from pnem.data.shapes import OUTLINES, LabelledImages, static_shapes, write_static_shapes
+from pnem.data.writing import write_hdf5
+
+__all__ = [
+    "MEMORY_LIMIT",
+    "OUTLINES",
+    "Batch",
+    "ImageDataset",
+    "LabelledImages",
+    "static_shapes",
+    "write_hdf5",
+    "write_static_shapes",
+]

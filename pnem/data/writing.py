@@ -1,0 +1,150 @@
+"""Writing HDF5 files in the layout of the N-EM authors (`pnem.data.hdf5` reads them)."""
+
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+from uuid import uuid4
+
+import h5py
+import numpy as np
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from pnem.data.arrays import array_of, check_arrays, check_finite, whole_labels
+from pnem.errors import DataError
+
+__all__ = ["write_hdf5"]
+
+# Small, so that reading one image reads little else. Compression would make random batches 2 to 4 times slower.
+CHUNK_BYTES = 2**14
+
+Chunk: TypeAlias = tuple[ArrayLike | Tensor, ArrayLike | Tensor | None]
+
+
+def write_hdf5(
+    path: str | os.PathLike[str],
+    splits: Mapping[str, Chunk | Iterable[Chunk]],
+    *,
+    overwrite: bool = False,
+    attrs: Mapping[str, Any] | None = None,
+) -> None:
+    """Write images and groups in the N-EM layout: all of them, or no file at all.
+
+    The file is written under another name in the same folder and renamed when it is complete.
+
+    Args:
+        path: the file to write.
+        splits: for each split the pair (features, groups), (T, N, H, W, C) each, with None for no groups; or an
+            iterable of such pairs, written one after the other, for splits that do not fit in memory.
+        overwrite: replace an existing file.
+        attrs: HDF5 attributes of the file, to say where the images come from.
+
+    Raises:
+        DataError: if the file exists and `overwrite` is False, if there is nothing to write, if `ImageDataset` would
+            refuse the arrays or their values, if the pairs of a split do not fit together, or if the folder is missing,
+            read-only or full.
+
+    Example:
+        >>> import tempfile
+        >>> from pnem.data import ImageDataset
+        >>> features, groups = np.ones((2, 1, 10, 4, 5, 1), dtype=np.uint8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_hdf5(f"{folder}/ones.h5", {"training": (features, groups)}, attrs={"value": 1})
+        ...     ImageDataset.from_hdf5(f"{folder}/ones.h5")
+        ImageDataset(10 images of 4x5x1, 1 frame, with groups)
+    """
+    path = Path(path)
+    if not splits:
+        raise DataError(f"no splits to write to {path}: give a mapping such as {{'training': (features, groups)}}")
+    _refuse_existing(path, overwrite)
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
+    try:
+        with _Sink(partial, "x+") as sink:
+            with h5py.File(sink, "w") as file:
+                file.attrs.update(attrs or {})
+                for split, chunks in splits.items():
+                    _write_split(file.create_group(split), _pairs(chunks), sink)
+            sink.check()
+        _refuse_existing(path, overwrite)
+        os.replace(partial, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"cannot write {path} ({reason}): check that its folder exists and has space left") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class _Sink(io.FileIO):
+    """A file that keeps its first error for `check`: after a failed write HDF5 cannot close, and crashes at exit."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        view = memoryview(data).cast("B")
+        written = 0
+        try:
+            while self.error is None and written < len(view):
+                written += super().write(view[written:]) or 0
+        except OSError as error:
+            self.error = error
+        return len(view)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return self.tell()
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+def _pairs(chunks: Chunk | Iterable[Chunk]) -> Iterator[Chunk]:
+    if isinstance(chunks, tuple) and not any(isinstance(chunk, tuple) for chunk in chunks):
+        yield cast(Chunk, chunks)
+    else:
+        yield from cast(Iterable[Chunk], chunks)
+
+
+def _write_split(parent: h5py.Group, chunks: Iterable[Chunk], sink: _Sink) -> None:
+    where = f"split {parent.name[1:]!r}"
+    written = 0
+    layout: dict[str, tuple[Any, ...]] = {}
+    for chunk in chunks:
+        if not (isinstance(chunk, tuple) and len(chunk) == 2 and chunk[0] is not None):
+            raise DataError(f"{where}: expected pairs (features, groups), got one of {type(chunk).__name__}")
+        pair = zip(("features", "groups"), chunk, strict=True)
+        arrays = {name: array_of(value, f"{where}: {name}") for name, value in pair if value is not None}
+        check_arrays(arrays["features"], arrays.get("groups"), where)
+        stop = written + arrays["features"].shape[1]
+        index = np.arange(written, stop)
+        check_finite(arrays["features"], index, where)
+        if "groups" in arrays:
+            whole_labels(arrays["groups"], index, where)
+
+        found = {name: (array.dtype.name, array.shape[0], *array.shape[2:]) for name, array in arrays.items()}
+        if not layout:
+            layout = found
+            for name, array in arrays.items():
+                T, _, *image = array.shape
+                block = max(1, CHUNK_BYTES * array.shape[1] // array.nbytes)
+                limits = {"maxshape": (T, None, *image), "chunks": (T, block, *image)}
+                parent.create_dataset(name, shape=(T, 0, *image), dtype=array.dtype, **limits)
+        if found != layout:
+            raise DataError(f"{where}: all pairs need the same (dtype, T, H, W, C): {layout}, then {found}")
+        for name, array in arrays.items():
+            parent[name].resize(stop, axis=1)
+            parent[name][:, written:] = array
+        sink.check()
+        written = stop
+    if not written:
+        raise DataError(f"{where} has no images to write: give at least one")
+
+
+def _refuse_existing(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise DataError(f"{path} exists: choose another path, or pass overwrite=True to replace it")
