@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from pnem.models.errors import ModelError
@@ -19,7 +20,7 @@ class Configured:
     has already imported: a description read from a file cannot run code from it.
     """
 
-    config: dict[str, Any]
+    config: Mapping[str, Any] = MappingProxyType({})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

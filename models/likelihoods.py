@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
@@ -24,9 +25,13 @@ class Likelihood(Configured, nn.Module, ABC):
     def distribution(self, psi: Tensor) -> dist.TorchDistribution:
         """The distribution with batch shape (..., D) and event shape (C,) for `psi` (..., D, P)."""
 
-    @abstractmethod
     def log_prob(self, x: Tensor, psi: Tensor) -> Tensor:
         """log p(x_i | ψ_i) in nats, summed over channels: x (..., D, C), psi (..., D, P) -> (..., D)."""
+        return self.log_probs([x], psi)[0]
+
+    @abstractmethod
+    def log_probs(self, xs: Sequence[Tensor], psi: Tensor) -> list[Tensor]:
+        """`log_prob` of several images under the same ψ, so that what they share is computed once."""
 
     @abstractmethod
     def mean(self, psi: Tensor) -> Tensor:
@@ -54,8 +59,9 @@ class Bernoulli(Likelihood):
     def distribution(self, psi: Tensor) -> dist.TorchDistribution:  # noqa: D102
         return dist.Bernoulli(logits=psi, validate_args=False).to_event(1)
 
-    def log_prob(self, x: Tensor, psi: Tensor) -> Tensor:  # noqa: D102
-        return (x * psi - F.softplus(psi)).sum(-1)
+    def log_probs(self, xs: Sequence[Tensor], psi: Tensor) -> list[Tensor]:  # noqa: D102
+        log_normaliser = F.softplus(psi)
+        return [(x * psi - log_normaliser).sum(-1) for x in xs]
 
     def mean(self, psi: Tensor) -> Tensor:  # noqa: D102
         return psi.sigmoid()
@@ -108,9 +114,9 @@ class Normal(Likelihood):
     def distribution(self, psi: Tensor) -> dist.TorchDistribution:  # noqa: D102
         return dist.Normal(psi, self.sigma.expand_as(psi), validate_args=False).to_event(1)
 
-    def log_prob(self, x: Tensor, psi: Tensor) -> Tensor:  # noqa: D102
-        error = (x - psi) / self.sigma
-        return (-0.5 * error.square() - self.log_sigma - 0.5 * math.log(2 * math.pi)).sum(-1)
+    def log_probs(self, xs: Sequence[Tensor], psi: Tensor) -> list[Tensor]:  # noqa: D102
+        log_normaliser = self.log_sigma + 0.5 * math.log(2 * math.pi)
+        return [(-0.5 * ((x - psi) / self.sigma).square() - log_normaliser).sum(-1) for x in xs]
 
     def mean(self, psi: Tensor) -> Tensor:  # noqa: D102
         return psi

@@ -139,11 +139,11 @@ class SpatialMixture(Configured, nn.Module):
 
     def log_joint_at(self, x: Tensor, psi: Tensor) -> Tensor:
         """`log_joint` from decoded parameters: x (..., D, C), psi (..., K, D, P) -> (..., K, D)."""
-        log_joint = self.log_mixing.unsqueeze(-1) + self.likelihood.log_prob(x.unsqueeze(-3), psi)
-        if self.owned:
-            unowned = self.log_unowned(psi)
-            log_joint = log_joint + self.ownership * (unowned.sum(-2, keepdim=True) - unowned)
-        return log_joint
+        log_mixing, x = self.log_mixing.unsqueeze(-1), x.unsqueeze(-3)
+        if self.pixel_prior is None or not self.owned:
+            return log_mixing + self.likelihood.log_prob(x, psi)
+        log_p, unowned = self.likelihood.log_probs([x, self.pixel_prior], psi)
+        return log_mixing + log_p + self.ownership * (unowned.sum(-2, keepdim=True) - unowned)
 
     @property
     def owned(self) -> bool:
