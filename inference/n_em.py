@@ -54,15 +54,15 @@ class NEM(Strategy):
         return self.log_step_size.exp()
 
     def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102
-        psi, pull_back = torch.func.vjp(self.model.decode, state.theta)
-        (gradient,) = pull_back(self._gradient_at(state, x_in).to(psi.dtype))
+        pull_back = torch.func.vjp(self.model.decode, state.theta)[1]
+        (gradient,) = pull_back(self._gradient_at(state, x_in))
         return state.theta + self.step_size * gradient
 
     def _gradient_at(self, state: State, x_in: Tensor) -> Tensor:
         """∂Q/∂ψ: (B, K, D, P)."""
-        likelihood, gamma = self.model.likelihood, state.gamma.unsqueeze(-1)
+        model, likelihood, gamma = self.model, self.model.likelihood, state.gamma.unsqueeze(-1)
         gradient = gamma * likelihood.score(x_in.unsqueeze(-3), state.mean)
-        if self.e_step == "consistent" and self.model.owned:
-            unowned = likelihood.score(self.model.pixel_prior, state.mean)
-            gradient = gradient + self.model.ownership * (1 - gamma) * unowned
+        if self.e_step == "consistent" and model.pixel_prior is not None:
+            unowned = likelihood.score(model.pixel_prior, state.mean)
+            gradient = gradient + model.ownership * (1 - gamma) * unowned
         return gradient

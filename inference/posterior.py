@@ -76,5 +76,8 @@ class Posterior(NamedTuple):
         """One posterior over the images of several, in their order."""
         traces = [p.trace for p in posteriors if p.trace is not None]
         trace = State(*(torch.cat(values, 1) for values in zip(*traces, strict=True))) if traces else None
-        parts = [torch.cat(values) for values in zip(*(p[:5] for p in posteriors), strict=True)]
-        return cls(*parts, torch.cat([p.elbo_trace for p in posteriors], 1), trace)
+        theta, psi, mean, gamma, log_evidence = (
+            torch.cat(values) for values in zip(*(p[:5] for p in posteriors), strict=True)
+        )
+        elbo_trace = torch.cat([p.elbo_trace for p in posteriors], 1)
+        return cls(theta, psi, mean, gamma, log_evidence, elbo_trace, trace)

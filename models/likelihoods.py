@@ -61,7 +61,7 @@ class Bernoulli(Likelihood):
 
     def log_probs(self, xs: Sequence[Tensor], psi: Tensor) -> list[Tensor]:  # noqa: D102
         log_normaliser = F.softplus(psi)
-        return [(x * psi - log_normaliser).sum(-1) for x in xs]
+        return [_sum_channels(x * psi - log_normaliser) for x in xs]
 
     def mean(self, psi: Tensor) -> Tensor:  # noqa: D102
         return psi.sigmoid()
@@ -116,7 +116,7 @@ class Normal(Likelihood):
 
     def log_probs(self, xs: Sequence[Tensor], psi: Tensor) -> list[Tensor]:  # noqa: D102
         log_normaliser = self.log_sigma + 0.5 * math.log(2 * math.pi)
-        return [(-0.5 * ((x - psi) / self.sigma).square() - log_normaliser).sum(-1) for x in xs]
+        return [_sum_channels(-0.5 * ((x - psi) / self.sigma).square() - log_normaliser) for x in xs]
 
     def mean(self, psi: Tensor) -> Tensor:  # noqa: D102
         return psi
@@ -126,3 +126,8 @@ class Normal(Likelihood):
 
     def saturated_log_prob(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.log_prob(x, x)
+
+
+def _sum_channels(values: Tensor) -> Tensor:
+    # A sum over one channel would be a copy.
+    return values.squeeze(-1) if values.shape[-1] == 1 else values.sum(-1)

@@ -1,4 +1,4 @@
-"""What pnem adds to Lightning's training loop: a history of epochs, and checkpoints that a full disk cannot spoil."""
+"""What pnem adds to Lightning's callbacks: a history of epochs, and resuming that forgets nothing."""
 
 import io
 import time
@@ -8,14 +8,13 @@ from typing import Any
 import pandas as pd
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from pnem.files import write_atomically
+from pnem.run_directory import HISTORY
 
-__all__ = ["History", "SafeCheckpointIO"]
-
-COLUMNS = ("train_loss", "train_elbo", "valid_loss", "valid_elbo", "valid_ari")
+__all__ = ["BestCheckpoint", "History", "Patience", "ProgressBar", "SafeCheckpointIO"]
 
 
 class History(Callback):
@@ -32,17 +31,14 @@ class History(Callback):
     @property
     def table(self) -> pd.DataFrame:
         """One row per epoch."""
-        return pd.DataFrame(self.rows, columns=["epoch", *COLUMNS, "seconds"])
+        return pd.DataFrame(self.rows, columns=HISTORY)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._start = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        # The epoch's means replace those of its last step under the plain names.
-        metrics = trainer.callback_metrics
-        values = {name: metrics.get(f"{name}_epoch", metrics.get(name)) for name in COLUMNS}
         seconds = self._seconds_before + time.perf_counter() - self._start
-        row = {name: float("nan") if value is None else float(value) for name, value in values.items()}
+        row = {name: float(trainer.callback_metrics.get(name, float("nan"))) for name in HISTORY[1:-1]}
         self.rows.append({"epoch": trainer.current_epoch + 1, **row, "seconds": seconds})
         write_atomically(self.path, self.table.to_csv(index=False).encode())
 
@@ -54,10 +50,57 @@ class History(Callback):
         self._seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
 
 
+class Patience(EarlyStopping):
+    """Early stopping on the validation loss that a resumed run takes up where it was, with the patience now given."""
+
+    def __init__(self, patience: int):
+        super().__init__("valid_loss", patience=patience, check_finite=False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        super().load_state_dict(state_dict | {"patience": self.patience})
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """The checkpoint of the epoch with the lowest validation loss, which a moved run directory still knows."""
+
+    def __init__(self, path: Path):
+        super().__init__(path.parent, path.stem, monitor="valid_loss", mode="min", enable_version_counter=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        super().load_state_dict(state_dict | {"dirpath": self.dirpath})
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's progress bar with loss, ELBO and ARI."""
+
+    def __init__(self) -> None:
+        # Reading a metric makes a GPU wait.
+        super().__init__(refresh_rate=10)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:  # noqa: D102
+        loss = pl_module.mean_train_loss()
+        shown: dict[str, Any] = {} if loss is None else {"loss": f"{loss:.2f}"}
+        for name, title, form in (
+            ("valid_elbo", "validation ELBO", "{:.2f} nats/image"),
+            ("valid_ari", "ARI", "{:.3f}"),
+        ):
+            if name in trainer.callback_metrics:
+                shown[title] = form.format(float(trainer.callback_metrics[name]))
+        return shown
+
+
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Checkpoints written beside the old one and then put in its place."""
+    """Checkpoints written beside the old one and then put in its place, and read without running code from them."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:  # noqa: D102
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         write_atomically(Path(path), buffer.getvalue())
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:  # noqa: D102
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint

@@ -1,20 +1,57 @@
 """The command line: ``pnem data``, ``train``, ``evaluate``, ``infer``, ``demo``."""
 
+import errno
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
+from pnem import __version__
 from pnem.errors import PnemError, RunError
 
 __all__ = ["app", "main"]
 
+
+class Commands(TyperGroup):
+    """Commands whose errors become one clear message on stderr, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs a command; exit code 1 after an error, 130 after Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except PnemError as error:
+            _complain(f"error: {error}")
+            raise typer.Exit(1) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            _complain(f"error: {error}")
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            _complain(str(error) or "interrupted")
+            raise typer.Exit(130) from error
+
+
+def _say(text: str) -> None:
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _complain(text: str) -> None:
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        _say(f"pnem {__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
-    help="Probabilistic modelling of images made of parts: one generative model, interchangeable inference.",
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -23,11 +60,29 @@ app = typer.Typer(
 data_app = typer.Typer(help="Generate data sets in the N-EM authors' HDF5 layout.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Probabilistic modelling of images made of parts: one generative model, interchangeable inference.
+
+    Example: `pnem demo`
+    """
+
+
 RunArgument = Annotated[Path, typer.Argument(help="A run directory, as pnem train wrote it.", metavar="RUN")]
 DataArgument = Annotated[Path, typer.Argument(help="An HDF5 file, as pnem data writes it.", metavar="DATA")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the initial γ.", min=0, max=2**32 - 1)]
+FitSeedOption = Annotated[
+    int, typer.Option(help="Seed of parameters, shuffling, noise and initial γ.", min=0, max=2**32 - 1)
+]
 SplitOption = Annotated[str, typer.Option(help="training, validation or test.")]
 LimitOption = Annotated[int | None, typer.Option(help="Use only the first so many images.")]
 RestartsOption = Annotated[int, typer.Option(help="Starts per image; the one with the best evidence is kept.")]
+CompileOption = Annotated[bool, typer.Option("--compile", help="Compile an iteration: a slow start, faster steps.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
@@ -39,7 +94,7 @@ def static_shapes(
     train: Annotated[int, typer.Option(help="Training images.")] = 50_000,
     valid: Annotated[int, typer.Option(help="Validation images.")] = 10_000,
     test: Annotated[int, typer.Option(help="Test images.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Seed of the generator.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the generator.", min=0)] = 0,
 ) -> None:
     """Binary images of outlined squares and triangles.
 
@@ -48,7 +103,7 @@ def static_shapes(
     from pnem.data import write_static_shapes
 
     write_static_shapes(path, num_objects=objects, size=size, train=train, valid=valid, test=test, seed=seed)
-    Console().print(f"wrote {train} training, {valid} validation and {test} test images to {path}")
+    _say(f"wrote {train} training, {valid} validation and {test} test images to {path}")
 
 
 @app.command()
@@ -62,11 +117,11 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Adam's.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of parameters, shuffling, noise and initial γ.")] = 0,
+    seed: FitSeedOption = 0,
     device: DeviceOption = "auto",
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
     train_limit: Annotated[int | None, typer.Option(help="Use only the first so many training images.")] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the unroll: a slow start, faster steps.")] = False,  # noqa: A002
+    compile: CompileOption = False,  # noqa: A002
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out after its last epoch.")] = False,
 ) -> None:
     """Train a strategy together with its model.
@@ -98,10 +153,11 @@ def train(
         compile=compile,
         **settings,
     )
-    best = run.history.loc[run.history["valid_loss"].idxmin()]
-    Console().print(
-        f"trained {len(run.history)} epochs in {run.history['seconds'].iloc[-1]:.0f} s; best epoch {best['epoch']:.0f}: "
-        f"ELBO {best['valid_elbo']:.2f} nats per image, ARI {best['valid_ari']:.3f} on the validation split\n"
+    best = run.history.iloc[int(run.history["valid_loss"].argmin())]
+    _say(
+        f"trained {len(run.history)} epochs in {run.history['seconds'].iloc[-1]:.0f} s; "
+        f"best epoch {best['epoch']:.0f}: ELBO {best['valid_elbo']:.2f} nats per image, "
+        f"ARI {best['valid_ari']:.3f} on the validation split\n"
         f"the run is in {out}; next: pnem evaluate {out} {data}"
     )
 
@@ -113,7 +169,7 @@ def evaluate(
     split: SplitOption = "test",
     limit: LimitOption = None,
     restarts: RestartsOption = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the initial γ.")] = 0,
+    seed: SeedOption = 0,
     device: DeviceOption = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores to this file.")] = None,
 ) -> None:
@@ -135,8 +191,8 @@ def evaluate(
     table.add_column("standard error", justify="right")
     table.add_row("AMI", f"{scores.ami:.4f}", f"{scores.ami_se:.4f}")
     table.add_row("ARI", f"{scores.ari:.4f}", f"{scores.ari_se:.4f}")
-    table.add_row("log evidence at θ  [nats per image]", f"{scores.log_evidence:.2f}", "")
-    table.add_row("BCE of the reconstruction  [nats per image]", f"{scores.bce:.2f}", "")
+    table.add_row("log evidence at θ, nats per image", f"{scores.log_evidence:.2f}", "")
+    table.add_row("BCE of the reconstruction, nats per image", f"{scores.bce:.2f}", "")
     Console().print(table)
     if json_file is not None:
         # NaN is not JSON.
@@ -152,7 +208,7 @@ def infer(
     split: SplitOption = "test",
     limit: LimitOption = None,
     restarts: RestartsOption = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the initial γ.")] = 0,
+    seed: SeedOption = 0,
     device: DeviceOption = "auto",
 ) -> None:
     """Write responsibilities, labels and each component's prediction to HDF5.
@@ -167,13 +223,13 @@ def infer(
     count = write_predictions(
         load(run, device=device), data, out, split=split, limit=limit, restarts=restarts, seed=seed, progress=True
     )
-    Console().print(f"wrote gamma, labels and psi of {count} {split} images to {out}")
+    _say(f"wrote gamma, labels and psi of {count} {split} images to {out}")
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The directory to write; it must not exist.")] = Path("pnem-demo"),
-    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything.", min=0, max=2**32 - 1)] = 0,
     device: DeviceOption = "auto",
     small: Annotated[bool, typer.Option("--small", help="A minute's worth of work, to see that all runs.")] = False,
 ) -> None:
@@ -186,23 +242,9 @@ def demo(
     run_demo(out, seed=seed, device=device, small=small, console=Console())
 
 
-def main(arguments: list[str] | None = None) -> Any:
-    """The entry point: errors become one clear message, without a traceback."""
-    errors = Console(stderr=True)
-    try:
-        app(arguments)
-    except PnemError as error:
-        errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
-    except KeyboardInterrupt as error:
-        errors.print(str(error) or "interrupted", highlight=False, soft_wrap=True)
-        sys.exit(130)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point of the command line."""
+    app(arguments, prog_name="pnem")
 
 
 if __name__ == "__main__":

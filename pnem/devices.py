@@ -1,10 +1,12 @@
 """Where to compute, and in which precision."""
 
+from contextlib import AbstractContextManager
+
 import torch
 
 from pnem.errors import DeviceError
 
-__all__ = ["PRECISIONS", "resolve_device"]
+__all__ = ["PRECISIONS", "forked_rng", "resolve_device"]
 
 # Our names, and Lightning's.
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float64": "64-true"}
@@ -36,3 +38,9 @@ def resolve_device(name: str) -> torch.device:
             )
         return torch.device("cuda", device.index or 0)
     return device
+
+
+def forked_rng(device: torch.device) -> AbstractContextManager[None]:
+    """A context that leaves torch's global random states, the CPU's and every CUDA device's, as they were."""
+    used = device.type == "cuda" or torch.cuda.is_initialized()
+    return torch.random.fork_rng(range(torch.cuda.device_count()) if used else [])

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 
 from pnem.data import Batch, ImageDataset
-from pnem.errors import DataError
+from pnem.errors import DataError, ModelError
 from pnem.models import SpatialMixture
 
-__all__ = ["Splits", "batches", "open_split", "open_splits"]
+__all__ = ["Splits", "batches", "check_images", "open_split", "open_splits"]
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,24 @@ def _check_fits(dataset: ImageDataset, source: str, model: SpatialMixture) -> No
         )
 
 
+def check_images(model: SpatialMixture, x: Tensor, source: str) -> None:
+    """Raises `DataError`, naming `source`, unless the images `x` (B, D, C) are such as the model can have produced."""
+    try:
+        model.check(x)
+    except ModelError as error:
+        raise DataError(f"{source}: {error}") from error
+
+
 def batches(dataset: ImageDataset, batch_size: int, *, shuffle_seed: int | None = None) -> "DataLoader[Batch]":
     """Batches in order, the last one perhaps smaller; or shuffled anew every epoch, all of the same size."""
     shuffle = shuffle_seed is not None
     sampler = EpochShuffle(len(dataset), shuffle_seed) if shuffle_seed is not None else SequentialSampler(dataset)
     return DataLoader(
-        dataset,  # type: ignore[arg-type]
+        dataset,
         batch_sampler=BatchSampler(sampler, batch_size, drop_last=shuffle),
         collate_fn=_as_it_is,
+        # The loader draws a seed for its workers, and would take it from torch's global generator.
+        generator=torch.Generator(),
     )
 
 
@@ -82,7 +93,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class EpochShuffle(Sampler[int]):
-    """A permutation that depends on the seed and the epoch alone, so that a resumed run sees what it would have seen."""
+    """A permutation that depends on the seed and the epoch alone, so that a resumed run repeats none."""
 
     def __init__(self, size: int, seed: int):
         self.size = size

@@ -60,7 +60,8 @@ class Preset:
 
 def _rnn_em(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
     model = SpatialMixture(decoders.Linear(250, image_shape), Bernoulli(), components, pixel_prior=0.0)
-    return Parts(model, RNNEM(model, iterations=iterations, noise=BitFlip(0.1)), ELBO("ramp"))
+    strategy = RNNEM(model, iterations=iterations, noise=BitFlip(0.1))
+    return Parts(model, strategy, ELBO("ramp"))
 
 
 def _n_em(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
@@ -85,6 +86,7 @@ def _tied(image_shape: Sequence[int]) -> decoders.Linear:
     return decoders.Linear(250, image_shape, bias=False, input_activation="sigmoid")
 
 
+_BEST = {"batch_size": 64, "schedule": "cosine", "warmup_steps": 100, "patience": None, "valid_limit": 2_000}
 _GREFF2017 = {"epochs": 500, "batch_size": 64, "learning_rate": 1e-3, "patience": 10}
 
 PRESETS: dict[str, Preset] = {
@@ -94,14 +96,7 @@ PRESETS: dict[str, Preset] = {
         _rnn_em,
         4,
         10,
-        {
-            "epochs": 20,
-            "batch_size": 64,
-            "learning_rate": 2e-3,
-            "schedule": "cosine",
-            "warmup_steps": 100,
-            "patience": None,
-        },
+        _BEST | {"epochs": 12, "learning_rate": 2e-3},
     ),
     "n-em": Preset(
         "n-em",
@@ -109,14 +104,7 @@ PRESETS: dict[str, Preset] = {
         _n_em,
         4,
         10,
-        {
-            "epochs": 20,
-            "batch_size": 64,
-            "learning_rate": 1e-3,
-            "schedule": "cosine",
-            "warmup_steps": 100,
-            "patience": None,
-        },
+        _BEST | {"epochs": 8, "learning_rate": 1e-3},
     ),
     "greff2017-static-rnn-em": Preset(
         "rnn-em",

@@ -2,84 +2,32 @@
 
 import contextlib
 import logging
-import math
+import signal
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import lightning
 import pandas as pd
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from torch import Tensor
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from pnem.callbacks import History, SafeCheckpointIO
-from pnem.data import Batch, ImageDataset
-from pnem.devices import PRECISIONS, resolve_device
-from pnem.errors import DataError, DeviceError, RunError
-from pnem.inference import ELBO, Objective, State, Strategy
+from pnem.callbacks import BestCheckpoint, History, Patience, ProgressBar, SafeCheckpointIO
+from pnem.data import ImageDataset
+from pnem.devices import PRECISIONS, forked_rng, resolve_device
+from pnem.errors import DataError, RunError
+from pnem.inference import ELBO, Objective, Strategy
 from pnem.loading import Splits, batches, open_splits
-from pnem.metrics import adjusted_rand_index, mean_and_standard_error
 from pnem.models import SpatialMixture
-from pnem.run import Run, RunFiles, Settings, check_resumable, read_tensors, reserve
+from pnem.run import Run
+from pnem.run_directory import RunFiles, check_resumable, discard_unfinished, load_weights, reserve, save_weights
+from pnem.settings import Settings, TrainingSettings
+from pnem.training_module import TrainingModule
 
 __all__ = ["TrainingSettings", "fit"]
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How `fit` trains.
-
-    Attributes:
-        epochs: at most this many passes over the training split.
-        batch_size: images per step.
-        learning_rate: Adam's, after warm-up.
-        schedule: ``"cosine"``: down to 1 % over `epochs`; ``"constant"``.
-        warmup_steps: steps over which the learning rate rises from zero.
-        gradient_clip: largest norm of the gradient; None for no limit.
-        patience: epochs without improvement of the validation loss before stopping early; None for never.
-        train_limit: use only that many training images; None for all.
-        valid_limit: validate on only that many images; None for all.
-        seed: of shuffling, noise and initial γ. (Parameters are initialised before `fit`.)
-        device: see `pnem.devices.resolve_device`.
-        precision: ``"float32"``, ``"bfloat16"`` (autocast; log-probabilities stay in float32) or ``"float64"``.
-        compile: whether to compile the unroll with its objective (``torch.compile``): a minute or two once, then
-            faster steps.
-    """
-
-    epochs: int = 20
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    gradient_clip: float | None = None
-    patience: int | None = 10
-    train_limit: int | None = None
-    valid_limit: int | None = None
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "float32"
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        """Raises `RunError` for settings that cannot work."""
-        for name in ("epochs", "batch_size", "patience", "train_limit", "valid_limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RunError(f"{name} must be at least 1, but is {value}")
-        if not 0 < self.learning_rate < math.inf:
-            raise RunError(f"learning_rate must be positive and finite, but is {self.learning_rate}")
-        if self.gradient_clip is not None and not self.gradient_clip > 0:
-            raise RunError(f"gradient_clip must be positive, but is {self.gradient_clip}: None means no limit")
-        if self.schedule not in ("cosine", "constant"):
-            raise RunError(f'schedule must be "cosine" or "constant", but is {self.schedule!r}')
-        if self.seed < 0 or self.warmup_steps < 0:
-            raise RunError(f"seed and warmup_steps must be at least 0, but are {self.seed} and {self.warmup_steps}")
-        if self.precision not in PRECISIONS:
-            raise DeviceError(f"unknown precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
 
 
 def fit(
@@ -103,8 +51,9 @@ def fit(
         data: an HDF5 file, or datasets, with splits ``"training"`` and ``"validation"``.
         objective: what to minimise; ``ELBO("ramp")`` when None.
         out: the run directory, which must not exist unless `resume`; None keeps the run in memory only.
-        resume: whether to continue the run in `out` exactly where its last finished epoch ended; the training
-            settings must be those it was started with, but for `epochs`, `patience` and `device`.
+        resume: whether to continue the run in `out` exactly where its last finished epoch ended; the parts and the
+            settings must be those it was started with, but for `epochs`, `patience`, `device` and `compile`. (Other
+            `epochs` stretch a cosine schedule.)
         progress: whether to show a progress bar.
         **settings: see `TrainingSettings`.
 
@@ -116,29 +65,51 @@ def fit(
     """
     if strategy.model is not model:
         raise RunError("the strategy was built on another model than the one given to fit: build it on this one")
-    training = TrainingSettings(**settings)
+    training = _training_settings(settings)
     device = resolve_device(training.device)
     objective = ELBO("ramp") if objective is None else objective
     objective.step_weights(strategy.iterations)
     splits = open_splits(data, ("training", "validation"), model)
+    _check_enough(splits, training)
     described = Settings.describe(model, strategy, objective, asdict(training), splits)
-    if resume:
-        check_resumable(out, described)
     with contextlib.ExitStack() as stack:
+        if resume:
+            check_resumable(out, described)
         if out is None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         else:
-            directory = reserve(out, described, resume=resume)
+            directory = Path(out) if resume else reserve(out, described)
+        files = RunFiles.of(directory)
         stack.enter_context(_quiet_lightning())
-        stack.enter_context(torch.random.fork_rng(["cuda"] if device.type == "cuda" else []))
-        history = _train(model, strategy, objective, splits, training, device, directory, resume, progress)
-        run = Run(model, strategy, history, described, directory)
-        best = RunFiles.of(directory).best
-        run.load_weights(read_tensors(best), best)
-        run.save_weights()
-    if out is None:
-        run.directory = None
-    return run
+        stack.enter_context(forked_rng(device))
+        try:
+            history = _train(model, strategy, objective, splits, training, device, files, progress)
+        except BaseException as error:
+            kept = out is not None and (resume or not discard_unfinished(directory))
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(_interrupted(out, files, kept)) from None
+            raise
+        load_weights(model, strategy, files.best)
+        if out is not None:
+            save_weights(model, strategy, files.weights)
+    return Run(model.eval(), strategy.eval(), history, described, None if out is None else directory).to(str(device))
+
+
+def _training_settings(given: Mapping[str, Any]) -> TrainingSettings:
+    try:
+        return TrainingSettings(**given)
+    except TypeError as error:
+        known = ", ".join(field.name for field in fields(TrainingSettings))
+        raise RunError(f"cannot train with these settings ({error}): choose from {known}") from error
+
+
+def _check_enough(splits: Splits, training: TrainingSettings) -> None:
+    size = len(splits.limited("training", training.train_limit))
+    if size < training.batch_size:
+        raise DataError(
+            f"the training split has {size} images, fewer than a batch of {training.batch_size}: "
+            "use a smaller batch_size"
+        )
 
 
 def _train(
@@ -148,35 +119,27 @@ def _train(
     splits: Splits,
     training: TrainingSettings,
     device: torch.device,
-    directory: Path,
-    resume: bool,
+    files: RunFiles,
     progress: bool,
 ) -> pd.DataFrame:
-    files = RunFiles.of(directory)
+    precision = torch.float64 if training.precision == "float64" else torch.float32
+    model.to(precision).train()
+    strategy.to(precision).train()
+    resumed = files.last.exists()
+    if resumed:
+        load_weights(model, strategy, files.last)
+        # Until this training ends, the best checkpoint is newer.
+        files.weights.unlink(missing_ok=True)
     train = splits.limited("training", training.train_limit)
-    if len(train) < training.batch_size:
-        raise DataError(
-            f"the training split has {len(train)} images, fewer than a batch of {training.batch_size}: "
-            "use a smaller batch_size"
-        )
+    valid = splits.limited("validation", training.valid_limit)
     history = History(files.history)
-    best = ModelCheckpoint(
-        files.best.parent, files.best.stem, monitor="valid_loss", mode="min", enable_version_counter=False
-    )
-    # Last of all, so that it holds what the other callbacks have come to know in its epoch.
-    last = ModelCheckpoint(
-        files.last.parent, files.last.stem, enable_version_counter=False, save_on_train_epoch_end=True
-    )
-    callbacks: list[lightning.Callback] = [history, best, last]
-    if training.patience is not None:
-        callbacks.insert(1, EarlyStopping("valid_loss", patience=training.patience, check_finite=False))
     trainer = lightning.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=[device.index] if device.type == "cuda" else 1,
-        precision=PRECISIONS[training.precision],  # type: ignore[arg-type]
+        precision=PRECISIONS[training.precision],
         max_epochs=training.epochs,
         gradient_clip_val=training.gradient_clip,
-        callbacks=callbacks,
+        callbacks=_callbacks(history, training, files, progress),
         plugins=[SafeCheckpointIO()],
         logger=False,
         enable_progress_bar=progress,
@@ -184,20 +147,43 @@ def _train(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
-    steps = training.epochs * (len(train) // training.batch_size)
-    module = _Module(model, strategy, objective, training, steps)
+    module = TrainingModule(model, strategy, objective, training, training.epochs * (len(train) // training.batch_size))
     loaders = (
         batches(train, training.batch_size, shuffle_seed=training.seed),
-        batches(splits.limited("validation", training.valid_limit), training.batch_size),
+        batches(valid, training.batch_size),
     )
-    try:
-        trainer.fit(
-            module, *loaders, ckpt_path=files.last if resume and files.last.exists() else None, weights_only=True
-        )
-    except SystemExit as error:
-        # How Lightning ends a training that Ctrl-C interrupted.
-        raise KeyboardInterrupt(_interrupted_message(files.last)) from error
+    with _plain_interrupts():
+        trainer.fit(module, *loaders, ckpt_path=files.last if resumed else None)
     return history.table
+
+
+def _callbacks(
+    history: History, training: TrainingSettings, files: RunFiles, progress: bool
+) -> list[lightning.Callback]:
+    callbacks: list[lightning.Callback] = [history]
+    if progress:
+        callbacks.append(ProgressBar())
+    if training.patience is not None:
+        callbacks.append(Patience(training.patience))
+    callbacks.append(BestCheckpoint(files.best))
+    # Last of all, so that it holds what the other callbacks have come to know in its epoch.
+    callbacks.append(
+        ModelCheckpoint(files.last.parent, files.last.stem, enable_version_counter=False, save_on_train_epoch_end=True)
+    )
+    return callbacks
+
+
+@contextlib.contextmanager
+def _plain_interrupts() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, where Lightning would exit and leave the signal ignored."""
+    try:
+        handler = signal.getsignal(signal.SIGINT)
+        yield
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from error
 
 
 @contextlib.contextmanager
@@ -214,87 +200,12 @@ def _quiet_lightning() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _interrupted_message(last: Path) -> str:
-    if not last.exists():
-        return "interrupted before the first epoch ended: there is nothing to resume"
-    return f"interrupted: {last} holds the last finished epoch; continue with --resume, or fit(..., resume=True)"
-
-
-class _Module(lightning.LightningModule):
-    """One training step of a (model, strategy) pair."""
-
-    def __init__(
-        self,
-        model: SpatialMixture,
-        strategy: Strategy,
-        objective: Objective,
-        training: TrainingSettings,
-        steps: int,
-    ):
-        super().__init__()
-        self.model = model
-        self.strategy = strategy
-        self.objective = objective
-        self.training_settings = training
-        self.steps = steps
-        losses: Callable[[State, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = self._losses
-        self.losses = torch.compile(losses, fullgraph=True) if training.compile else losses
-
-    def _losses(self, state: State, x_in: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        states = self.strategy.rollout(state, x_in, x)
-        loss, elbo = self.objective(self.strategy, states, x)
-        return loss, elbo.mean(), states[-1].gamma
-
-    # A resumed run repeats no random number and skips none, because every epoch starts its own stream.
-    def on_train_epoch_start(self) -> None:
-        torch.manual_seed(self.training_settings.seed * 1_000_003 + self.current_epoch)
-
-    # Every validation draws the same initial γ, so that epochs are compared on equal terms.
-    def on_validation_epoch_start(self) -> None:
-        self._train_state = torch.get_rng_state()
-        torch.manual_seed(self.training_settings.seed)
-        self.ari: list[Tensor] = []
-
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        self.model.check(batch.x)
-        return batch
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        x = batch.x.to(self.dtype)
-        loss, elbo, _ = self.losses(*self.strategy.start(x), x)
-        if batch_idx % 50 == 0 and not bool(loss.isfinite()):
-            raise RunError(
-                f"the loss is {loss.item()} in epoch {self.current_epoch}, step {batch_idx}: try a smaller "
-                "learning_rate, a gradient_clip, or float32 in place of bfloat16"
-            )
-        self._log({"train_loss": loss, "train_elbo": elbo}, len(x), on_step=True)
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        x = batch.x.to(self.dtype)
-        loss, elbo, gamma = self._losses(*self.strategy.start(x), x)
-        self._log({"valid_loss": loss, "valid_elbo": elbo}, len(x))
-        if batch.groups is not None:
-            self.ari.append(adjusted_rand_index(batch.groups, gamma.argmax(-2)))
-
-    def on_validation_epoch_end(self) -> None:
-        if self.ari:
-            self.log("valid_ari", mean_and_standard_error(torch.cat(self.ari)).mean, prog_bar=True)
-        torch.set_rng_state(self._train_state)
-
-    def _log(self, values: dict[str, Tensor], count: int, *, on_step: bool = False) -> None:
-        for name, value in values.items():
-            self.log(name, value, prog_bar=True, on_step=on_step, on_epoch=True, batch_size=count)
-
-    def configure_optimizers(self) -> Any:
-        settings = self.training_settings
-        optimizer = torch.optim.Adam(self.parameters(), lr=settings.learning_rate)
-
-        def factor(step: int) -> float:
-            warm = min(1.0, (step + 1) / (settings.warmup_steps + 1))
-            if settings.schedule == "constant":
-                return warm
-            return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps))))
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+def _interrupted(out: str | Path | None, files: RunFiles, kept: bool) -> str:
+    if out is None:
+        return "interrupted: nothing is kept without a run directory; name one with out="
+    if not kept:
+        return f"interrupted before the first epoch ended: nothing was kept in {out}"
+    return (
+        f"interrupted: {files.last} holds the last finished epoch; "
+        "continue with the same command and --resume, or fit(..., resume=True)"
+    )

@@ -198,13 +198,14 @@ def test_gpu_agrees_with_cpu(strategy_name):
 @every_strategy
 @pytest.mark.slow
 def test_compiled_losses_and_gradients_equal_eager(strategy_name):
+    """Traced whole and differentiated ahead of time; the code generator behind it is torch's own to test."""
     model = SpatialMixture(decoders.Linear(5, (3, 4, 1)), Bernoulli(), 3, pixel_prior=0.0).double()
     strategy = STRATEGIES[strategy_name](model).double()
     objective = NEMLoss("ramp")
     x = images(4).double()
     start = strategy.start(x)
     gradients = []
-    for wrap in (lambda f: f, lambda f: torch.compile(f, fullgraph=True)):
+    for wrap in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")):
         model.zero_grad(), strategy.zero_grad()
 
         def loss(state, x_in, x):

@@ -20,6 +20,7 @@ from torch import Tensor
 from pnem import plots
 from pnem.errors import DataError
 from pnem.inference import Posterior, State
+from pnem.plots import images, palette
 
 B, K, H, W = 4, 3, 5, 6
 D = H * W
@@ -145,7 +146,7 @@ class TestOverview:
 
     @given(first=st.integers(1, 50), count=st.integers(1, 3000))
     def test_the_subset_of_iterations_has_the_first_and_the_last(self, first: int, count: int) -> None:
-        chosen = plots._subset(first, first + count - 1)
+        chosen = images._subset(first, first + count - 1)
         assert (chosen[0], chosen[-1], len(chosen)) == (first, first + count - 1, min(count, 10))
         assert (np.diff(chosen) > 0).all()
 
@@ -173,7 +174,7 @@ class TestOverview:
         groups = (torch.arange(D) % 3).expand(B, D).reshape(shape)
         axes = plots.overview(torch.rand(B, D, 1), posterior, (H, W, 1), groups=groups).axes[0]
         picture, colours = drawn(axes, "groups").reshape(D, 3), plots.component_colours(K)
-        np.testing.assert_array_equal(picture[:3], [plots.UNSCORED, colours[0], colours[2]])
+        np.testing.assert_array_equal(picture[:3], [images.UNSCORED, colours[0], colours[2]])
 
     def test_more_groups_than_components_have_as_many_colours(self) -> None:
         groups = np.tile(np.arange(D) % 6, (B, 1))
@@ -319,7 +320,7 @@ class TestComponentColours:
     @pytest.mark.parametrize("count", [2, 8, 16, 24])
     def test_every_reader_tells_them_apart(self, count: int) -> None:
         # 0.02 in Oklab is about the least difference that people see between patches side by side.
-        seen = plots._seen(np.vstack([plots.component_colours(count), [1, 1, 1]]))
+        seen = palette._seen(np.vstack([plots.component_colours(count), [1, 1, 1]]))
         distances = np.linalg.norm(seen[:, :, None] - seen[:, None], axis=-1)
         assert distances[:, ~np.eye(count + 1, dtype=bool)].min() > 0.065
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from pnem.data.arrays import array_of, check_arrays, check_finite, whole_labels
 from pnem.errors import DataError
 
-__all__ = ["write_hdf5"]
+__all__ = ["SafeFile", "write_hdf5"]
 
 # Small, so that reading one image reads little else. Compression would make random batches 2 to 4 times slower.
 CHUNK_BYTES = 2**14
@@ -61,7 +61,7 @@ def write_hdf5(
     _refuse_existing(path, overwrite)
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     try:
-        with _Sink(partial, "x+") as sink:
+        with SafeFile(partial, "x+") as sink:
             with h5py.File(sink, "w") as file:
                 file.attrs.update(attrs or {})
                 for split, chunks in splits.items():
@@ -76,7 +76,7 @@ def write_hdf5(
         partial.unlink(missing_ok=True)
 
 
-class _Sink(io.FileIO):
+class SafeFile(io.FileIO):
     """A file that keeps its first error for `check`: after a failed write HDF5 cannot close, and crashes at exit."""
 
     error: OSError | None = None
@@ -110,7 +110,7 @@ def _pairs(chunks: Chunk | Iterable[Chunk]) -> Iterator[Chunk]:
         yield from cast(Iterable[Chunk], chunks)
 
 
-def _write_split(parent: h5py.Group, chunks: Iterable[Chunk], sink: _Sink) -> None:
+def _write_split(parent: h5py.Group, chunks: Iterable[Chunk], sink: SafeFile) -> None:
     where = f"split {parent.name[1:]!r}"
     written = 0
     layout: dict[str, tuple[Any, ...]] = {}

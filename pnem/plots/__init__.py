@@ -1,0 +1,13 @@
+"""Figures of fits: what was inferred, iteration by iteration, and how training went.
+
+Every function returns a `matplotlib.figure.Figure` that pyplot knows nothing of: as the last expression of a notebook
+cell it is shown once, ``figure.savefig(path)`` writes it, and nothing is left to close. Matplotlib's settings are
+those of `STYLE` while a figure is made, and afterwards what they were.
+"""
+
+from pnem.plots.curves import elbo_by_iteration, training_curves
+from pnem.plots.images import overview
+from pnem.plots.palette import component_colours
+from pnem.plots.style import STYLE
+
+__all__ = ["STYLE", "component_colours", "elbo_by_iteration", "overview", "training_curves"]

@@ -1,0 +1,161 @@
+"""One training step of a (model, strategy) pair, as Lightning wants it."""
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import lightning
+import torch
+from torch import Tensor
+
+from pnem.data import Batch
+from pnem.errors import RunError
+from pnem.inference import Objective, State, Strategy
+from pnem.loading import check_images
+from pnem.metrics import adjusted_rand_index, mean_and_standard_error
+from pnem.models import SpatialMixture
+from pnem.settings import TrainingSettings
+
+__all__ = ["TrainingModule"]
+
+# Between these steps no metric is read, for which a GPU would have to wait.
+CHECK_EVERY = 50
+
+
+class Outcome(NamedTuple):
+    """The loss, the mean ELBO after the last iteration, both in nats per image, and γ (B, K, D)."""
+
+    loss: Tensor
+    elbo: Tensor
+    gamma: Tensor
+
+
+class TrainingModule(lightning.LightningModule):
+    """Trains by Adam on an objective over the unrolled strategy; `steps` is the length of the cosine schedule."""
+
+    def __init__(
+        self,
+        model: SpatialMixture,
+        strategy: Strategy,
+        objective: Objective,
+        training: TrainingSettings,
+        steps: int,
+    ):
+        super().__init__()
+        self.model = model
+        self.strategy = strategy
+        self.objective = objective
+        self.training_settings = training
+        self.steps = steps
+        self.iterate = None
+        if training.compile:
+            # A function may be compiled only so many times in a process, counted over all trainings.
+            torch.compiler.reset()
+            self.iterate = torch.compile(self.iteration, fullgraph=True)
+        self._reset()
+
+    def outcome(self, x: Tensor) -> Outcome:
+        """The losses of one unroll on images `x` (B, D, C)."""
+        states = self.strategy.unroll(x)
+        loss, elbo = self.objective(self.strategy, states, x)
+        return Outcome(loss, elbo.mean(), states[-1].gamma)
+
+    def iteration(self, state: State, x_in: Tensor, x: Tensor) -> tuple[State, Tensor]:
+        """The next state and its mean loss: a pure function of tensors, the unit that is compiled."""
+        state = self.strategy.step(state, x_in, x)
+        return state, self.objective.loss_at(self.strategy, state, x).mean()
+
+    def compiled_outcome(self, x: Tensor) -> Outcome:
+        """`outcome` by the compiled iteration: one small graph, run T times."""
+        assert self.iterate is not None
+        state, x_in = self.strategy.start(x)
+        total = x.new_zeros(())
+        with warnings.catch_warnings():
+            # The compiler looks at the gradients of its inputs, which within an unroll have none to keep.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+            for weight in self.objective.step_weights(self.strategy.iterations):
+                state, loss = self.iterate(state, x_in, x)
+                if weight > 0:
+                    total = total + weight * loss
+        return Outcome(total, self.strategy.elbo(state).mean(), state.gamma)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Starts every epoch with its own stream of random numbers, so that a resumed run repeats none and skips none.
+
+        (At the first batch, because making the loaders' iterators draws from the stream as well.)
+        """
+        if batch_idx == 0:
+            torch.manual_seed(self.training_settings.seed * 1_000_003 + self.current_epoch)
+            self._reset()
+
+    def on_validation_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Draws the same initial γ in every validation, so that epochs are compared on equal terms."""
+        if batch_idx == 0:
+            torch.manual_seed(self.training_settings.seed)
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Checks the images while they are in the CPU's memory; raises `DataError`."""
+        check_images(self.model, batch.x, f"the {'training' if self.trainer.training else 'validation'} split")
+        return batch
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: D102
+        x = batch.x.to(self.model.mixing_logits.dtype)
+        outcome = self.outcome(x) if self.iterate is None else self.compiled_outcome(x)
+        self._train.append(torch.stack([outcome.loss.detach(), outcome.elbo.detach()]))
+        if batch_idx % CHECK_EVERY == 0:
+            self._require_finite("training", self._train[-1][0])
+        return outcome.loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: D102
+        x = batch.x.to(self.model.mixing_logits.dtype)
+        outcome = self.outcome(x)
+        self._valid.append(torch.stack([outcome.loss, outcome.elbo]) * len(x))
+        self._valid_images += len(x)
+        if batch.groups is not None:
+            self._ari.append(adjusted_rand_index(batch.groups, outcome.gamma.argmax(-2)))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the epoch's metrics once, for a log in every step costs as much as a small step."""
+        train_loss, train_elbo = torch.stack(self._train).double().mean(0)
+        valid_loss, valid_elbo = torch.stack(self._valid).double().sum(0) / self._valid_images
+        self._require_finite("training", train_loss)
+        self._require_finite("validation", valid_loss)
+        metrics = {
+            "train_loss": train_loss,
+            "train_elbo": train_elbo,
+            "valid_loss": valid_loss,
+            "valid_elbo": valid_elbo,
+        }
+        if self._ari:
+            metrics["valid_ari"] = torch.tensor(mean_and_standard_error(torch.cat(self._ari)).mean)
+        self.log_dict(metrics)
+
+    def mean_train_loss(self) -> float | None:
+        """Over the last steps of this epoch, in nats per image; None before the first."""
+        return torch.stack(self._train[-CHECK_EVERY:])[:, 0].mean().item() if self._train else None
+
+    def configure_optimizers(self) -> Any:  # noqa: D102
+        settings = self.training_settings
+        optimizer = torch.optim.Adam(self.parameters(), lr=settings.learning_rate)
+
+        def factor(step: int) -> float:
+            warm = min(1.0, (step + 1) / (settings.warmup_steps + 1))
+            if settings.schedule == "constant":
+                return warm
+            return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps))))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _reset(self) -> None:
+        self._train: list[Tensor] = []
+        self._valid: list[Tensor] = []
+        self._ari: list[Tensor] = []
+        self._valid_images = 0
+
+    def _require_finite(self, split: str, loss: Tensor) -> None:
+        if not bool(loss.isfinite()):
+            raise RunError(
+                f"the {split} loss is {loss.item()} in epoch {self.current_epoch + 1}: try a smaller learning_rate, "
+                "a gradient_clip, or float32 in place of bfloat16; what the epochs before it learned is kept"
+            )

@@ -1,0 +1,166 @@
+"""The command line: what each command writes, and one clear message for every mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+from fitting import arrays, data_file
+from typer.testing import CliRunner
+
+from pnem.cli import app
+from pnem.data import ImageDataset, write_hdf5
+
+TRAINING = ["--components", "3", "--iterations", "2", "--epochs", "1", "--batch-size", "8", "--device", "cpu"]
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output
+    if code:
+        assert "Traceback" not in result.output
+        assert result.stderr.strip()
+        if code == 1:
+            assert result.stderr.startswith("error: ")
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return data_file(tmp_path_factory.mktemp("data") / "data.h5")
+
+
+@pytest.fixture(scope="module")
+def run(data):
+    out = data.parent / "run"
+    assert "pnem evaluate" in call("train", data, "--strategy", "rnn-em", "--out", out, *TRAINING)
+    return out
+
+
+def test_version_and_help():
+    assert call("--version").startswith("pnem 0")
+    for command in ([], ["data", "static-shapes"], ["train"], ["evaluate"], ["infer"], ["demo"]):
+        assert "Example: pnem" in call(*command, "--help").replace("`", "")
+
+
+def test_data_are_written_once(tmp_path):
+    arguments = ["data", "static-shapes", tmp_path / "s.h5", "--objects", 2, "--size", 20, "--train", 4, "--valid", 3]
+    arguments += ["--test", 2, "--seed", 1]
+    assert "4 training" in call(*arguments)
+    assert ImageDataset.from_hdf5(tmp_path / "s.h5", "test").image_shape == (20, 20, 1)
+    before = (tmp_path / "s.h5").read_bytes()
+    assert "exists" in call(*arguments, code=1)
+    assert (tmp_path / "s.h5").read_bytes() == before
+
+
+def test_evaluate_prints_a_table_and_writes_json(run, data, tmp_path):
+    scores = tmp_path / "scores.json"
+    output = call("evaluate", run, data, "--limit", 10, "--json", scores, "--device", "cpu")
+    assert "AMI" in output
+    assert "nats per image" in output
+    assert list(json.loads(scores.read_text())) == ["ami", "ami_se", "ari", "ari_se", "log_evidence", "bce", "images"]
+    assert json.loads(scores.read_text())["images"] == 10
+    assert "exists already" in call("evaluate", run, data, "--json", scores, code=1)
+
+
+def test_infer_writes_predictions_also_for_images_without_groups(run, tmp_path):
+    write_hdf5(tmp_path / "x.h5", {"test": (arrays()[0], None)})
+    out = tmp_path / "pred.h5"
+    call("infer", run, tmp_path / "x.h5", "--out", out, "--limit", 5)
+    with h5py.File(out) as file:
+        gamma, labels, psi = (file[name][:] for name in ("gamma", "labels", "psi"))
+    assert gamma.shape == (5, 3, 3, 4)
+    assert psi.shape == (5, 3, 3, 4, 1)
+    np.testing.assert_array_equal(labels, gamma.argmax(1))
+    np.testing.assert_allclose(gamma.sum(1), 1, rtol=1e-5)
+    assert ((psi >= 0) & (psi <= 1)).all()
+    assert "exists already" in call("infer", run, tmp_path / "x.h5", "--out", out, code=1)
+
+
+@pytest.mark.slow
+def test_a_full_disk_during_infer_is_one_message_and_leaves_no_file(run, data, tmp_path):
+    out = tmp_path / "pred.h5"
+    command = f"ulimit -f 4; {sys.executable} -m pnem.cli infer {run} {data} --out {out}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: cannot write {out}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_resuming_at_the_command_line(run, data):
+    base = ["train", data, "--strategy", "rnn-em", "--out", run]
+    assert "--resume" in call(*base, *TRAINING, code=1)
+    assert "seed = 0, but now it is 1" in call(*base, *TRAINING, "--seed", 1, "--resume", code=1)
+    assert "trained 1 epochs" in call(*base, *TRAINING, "--resume")
+    assert "no run directory" in call(*base[:-1], run.parent / "none", *TRAINING, "--resume", code=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategy", "nem"], "unknown strategy 'nem': choose one of rnn-em, n-em"),
+        (["--strategy", "rnn-em", "--preset", "best"], "unknown preset 'best'"),
+        (["--strategy", "rnn-em", "--preset", "n-em"], "is for the strategy"),
+        (["--strategy", "rnn-em", "--components", "0"], "num_components must be at least 1"),
+        (["--strategy", "rnn-em", "--iterations", "0"], "iterations must be at least 1"),
+        (["--strategy", "rnn-em", "--epochs", "-1"], "epochs must be"),
+        (["--strategy", "rnn-em", "--batch-size", "-1"], "batch_size must be"),
+        (["--strategy", "rnn-em", "--batch-size", "64"], "fewer than a batch"),
+        (["--strategy", "rnn-em", "--device", "tpu"], "unknown device"),
+        (["--strategy", "rnn-em", "--device", "cuda:77"], "this machine has"),
+        (["--strategy", "rnn-em", "--precision", "half"], "unknown precision"),
+    ],
+)
+def test_mistakes_in_training_are_one_message_and_write_nothing(data, tmp_path, arguments, message):
+    assert message in call("train", data, "--out", tmp_path / "run", *arguments, code=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_about_files_are_one_message(run, data, tmp_path):
+    foreign = tmp_path / "foreign.h5"
+    foreign.write_text("not HDF5")
+    other = data_file(tmp_path / "other.h5", shape=(5, 4, 1))
+    out = tmp_path / "out"
+    assert "does not exist" in call("train", "no.h5", "--strategy", "rnn-em", "--out", out, code=1)
+    assert "not an HDF5 file" in call("train", foreign, "--strategy", "rnn-em", "--out", out, code=1)
+    assert "the model is for (3, 4, 1)" in call("evaluate", run, other, code=1)
+    assert "no split 'tset'" in call("evaluate", run, data, "--split", "tset", code=1)
+    assert "no run directory" in call("evaluate", "nowhere", data, code=1)
+    assert "not written by pnem" in call("infer", tmp_path, data, "--out", out, code=1)
+    assert "limit" in call("infer", run, data, "--out", out, "--limit", 0, code=1)
+    assert not out.exists()
+    assert "exists already" in call("demo", "--out", tmp_path, code=1)
+
+
+def test_usage_errors_have_exit_code_2(data):
+    call("train", data, code=2)
+    call("train", data, "--strategy", "rnn-em", "--out", "x", "--epochs", "many", code=2)
+    call("train", data, "--strategy", "rnn-em", "--out", "x", "--seed", "-1", code=2)
+    call("fly", code=2)
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_the_run_and_says_how_to_resume(data, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "pnem.cli", "train", str(data), "--strategy", "rnn-em", "--out", str(out)]
+    command += ["--batch-size", "4", "--epochs", "100000", "--iterations", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (out / "checkpoints/last.ckpt").exists():
+        pass
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in stderr
+    assert "Traceback" not in stderr
+    assert (out / "checkpoints/last.ckpt").exists()
+
+
+@pytest.mark.slow
+def test_a_small_demo(tmp_path):
+    output = call("demo", "--small", "--device", "cpu", "--out", tmp_path / "demo")
+    assert "RNN-EM" in output
+    assert {path.suffix for path in (tmp_path / "demo").iterdir()} >= {".h5", ".png"}
