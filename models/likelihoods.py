@@ -60,8 +60,8 @@ class Bernoulli(Likelihood):
         return dist.Bernoulli(logits=psi, validate_args=False).to_event(1)
 
     def log_probs(self, xs: Sequence[Tensor], psi: Tensor) -> list[Tensor]:  # noqa: D102
-        log_normaliser = F.softplus(psi)
-        return [_sum_channels(x * psi - log_normaliser) for x in xs]
+        log_p0 = -F.softplus(psi)
+        return [_sum_channels(torch.addcmul(log_p0, x, psi)) for x in xs]
 
     def mean(self, psi: Tensor) -> Tensor:  # noqa: D102
         return psi.sigmoid()

@@ -143,7 +143,8 @@ class SpatialMixture(Configured, nn.Module):
         if self.pixel_prior is None or not self.owned:
             return log_mixing + self.likelihood.log_prob(x, psi)
         log_p, unowned = self.likelihood.log_probs([x, self.pixel_prior], psi)
-        return log_mixing + log_p + self.ownership * (unowned.sum(-2, keepdim=True) - unowned)
+        owned = torch.sub(log_p, unowned, alpha=self.ownership)
+        return owned + self.ownership * unowned.sum(-2, keepdim=True) + log_mixing
 
     @property
     def owned(self) -> bool:
