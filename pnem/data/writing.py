@@ -82,6 +82,7 @@ class SafeFile(io.FileIO):
     error: OSError | None = None
 
     def write(self, data: Any, /) -> int:
+        """Writes all of `data`, or notes why not."""
         view = memoryview(data).cast("B")
         written = 0
         try:
@@ -92,6 +93,7 @@ class SafeFile(io.FileIO):
         return len(view)
 
     def truncate(self, size: int | None = None, /) -> int:
+        """Truncates the file, or notes why not."""
         try:
             return super().truncate(size)
         except OSError as error:
@@ -99,6 +101,7 @@ class SafeFile(io.FileIO):
             return self.tell()
 
     def check(self) -> None:
+        """Raises the first error."""
         if self.error is not None:
             raise self.error
 
