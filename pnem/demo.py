@@ -51,7 +51,7 @@ def run_demo(out: Path, *, seed: int, device: str, small: bool, console: Console
     images = max(scale.train.values())
     console.print(f"generating {images} training images of three shapes each")
     write_static_shapes(data, train=images, valid=scale.test, test=scale.test, seed=seed)
-    x = ImageDataset.from_hdf5(data, "test", limit=50).__getitems__(range(50)).x
+    x = ImageDataset.from_hdf5(data, "test")[:50].x
     table = Table(title=f"static shapes, {scale.test} test images, K = 4")
     columns = ("strategy", "test AMI", f"best of {RESTARTS} starts", "test ARI", "ELBO (nats per image)", "seconds")
     for column in columns:

@@ -101,8 +101,9 @@ def test_pyros_elbo_module_trains_every_parameter_with_torch_optim(strategy_name
 
 
 @every_strategy
-def test_fit_trains_every_parameter_and_the_run_round_trips(strategy_name, tmp_path):
-    model, strategy = pair("owned Normal", strategy_name)
+@pytest.mark.parametrize("model_name", ["owned Bernoulli", "owned Normal"])
+def test_fit_trains_every_parameter_and_the_run_round_trips(model_name, strategy_name, tmp_path):
+    model, strategy = pair(model_name, strategy_name)
     before = snapshot(model, strategy)
     run = pnem.fit(
         model, strategy, splits(24), epochs=2, batch_size=8, device="cpu", progress=False, out=tmp_path / "run"

@@ -60,7 +60,7 @@ class ImageDataset(Dataset[Batch]):
         >>> data = ImageDataset(features, features[..., :1], limit=8)
         >>> data
         ImageDataset(8 images of 4x5x3, 1 frame, with groups)
-        >>> batch = data.__getitems__([5, 0, 5])
+        >>> batch = data[2:5]
         >>> batch.x.shape, batch.groups.shape
         (torch.Size([3, 20, 3]), torch.Size([3, 20]))
         >>> data[-1].x.shape
@@ -144,8 +144,10 @@ class ImageDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return self._len
 
-    def __getitem__(self, index: int) -> Batch:
-        """One image: x (D, C) and groups (D,); sequences add a leading T."""
+    def __getitem__(self, index: int | slice) -> Batch:
+        """One image: x (D, C) and groups (D,); or, for a slice, a batch of them; sequences add a leading T."""
+        if isinstance(index, slice):
+            return self.__getitems__(range(*index.indices(len(self))))
         x, groups = self.__getitems__([operator.index(index)])
         axis = x.ndim - 3
         return Batch(x.squeeze(axis), None if groups is None else groups.squeeze(axis))

@@ -150,4 +150,4 @@ def _write_split(parent: h5py.Group, chunks: Iterable[Chunk], sink: SafeFile) ->
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
-        raise DataError(f"{path} exists: choose another path, or pass overwrite=True to replace it")
+        raise DataError(f"{path} exists: choose another path, or remove it (in Python, overwrite=True replaces it)")

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
@@ -65,43 +66,28 @@ def overview(
         DataError: x, posterior, image_shape and groups do not fit together, an index is out of range or not an
             integer, or iterations are asked of a posterior without a trace.
     """
+    trace = _Trace.of(posterior)
+    trace.check(x, image_shape)
+    H, W, C = image_shape
     if posterior.trace is None and iterations is not None:
         raise DataError("this posterior kept no trace: leave iterations out, or infer with keep_trace=True")
-    gammas = posterior.gamma.unsqueeze(0) if posterior.trace is None else posterior.trace.gamma
-    means = posterior.mean.unsqueeze(0) if posterior.trace is None else posterior.trace.mean
-    last = len(posterior.elbo_trace)
-    first = last - len(gammas) + 1
-    expected = len(x), math.prod(image_shape[:2]), *image_shape[2:]
-    if x.shape != expected or (means.shape[1], *means.shape[3:]) != expected:
-        raise DataError(
-            f"x has shape {tuple(x.shape)} and the predictions {tuple(means.shape[1:])}, but image_shape (H, W, C) "
-            f"= {tuple(image_shape)} needs (B, D, C) = {expected} and (B, K, D, C): give x and its own posterior"
-        )
-    H, W, C = image_shape
     chosen = _indices(range(min(3, len(x))) if images is None else images, 0, len(x) - 1, "images")
-    numbers = _indices(_subset(first, last) if iterations is None else iterations, first, last, "iterations")
-    steps = torch.tensor(numbers)[:, None] - first
-    gamma, mean = (_numpy(values[steps, torch.tensor(chosen)]) for values in (gammas, means))
+    numbers = _indices(
+        _subset(trace.first, trace.last) if iterations is None else iterations, trace.first, trace.last, "iterations"
+    )
+    gamma, mean = trace.at(numbers, chosen)
     inputs = _numpy(x[chosen])
     truth = None if groups is None else _true_groups(groups, len(x), H * W)[chosen]
-
     colours = component_colours(gamma.shape[2])
-    finite = inputs[np.isfinite(inputs)]
-    unit = not finite.size or finite.min() == finite.max() or (finite.min() >= 0 and finite.max() <= 1)
-    low, high = (0.0, 1.0) if unit else (finite.min(), finite.max())
+    low, high = _black_and_white(inputs)
 
     def picture(values: Array) -> Array:
         rgb = values if C == 3 else values[..., [0, 0, 0]]
         return drawable((rgb - low) / (high - low), H, W)
 
     layout = Layout.of(H, W, rows=len(colours) + 2, columns=len(numbers))
-    per_line = min(len(chosen), max(1, LINE // layout.width))
-    lines = -(-len(chosen) // per_line)
-    inches = per_line * layout.width / STYLE["figure.dpi"], lines * layout.height / STYLE["figure.dpi"]
-    figure = NotebookFigure(figsize=inches)
-    for i, image in enumerate(chosen):
-        line, place = divmod(i, per_line)
-        axes = figure.add_axes((place / per_line, 1 - (line + 1) / lines, 1 / per_line, 1 / lines))
+    figure, blocks = _figure(layout, len(chosen))
+    for i, (image, axes) in enumerate(zip(chosen, blocks, strict=True)):
         given = {"input" if C in (1, 3) else "input\nchannel 0": picture(inputs[i])}
         if truth is not None:
             given["groups"] = drawable(_group_colours(truth[i], gamma[-1, i], colours), H, W)
@@ -112,6 +98,54 @@ def overview(
         rows |= {f"component {k}": picture(mean[:, i, k]) for k in range(len(colours))}
         draw_block(axes, layout, f"image {image}", given, rows, numbers, colours)
     return figure
+
+
+class _Trace(NamedTuple):
+    """What there is to draw: γ (t, B, K, D) and the predictions (t, B, K, D, C) of iterations `first` to `last`."""
+
+    gamma: Tensor
+    mean: Tensor
+    first: int
+    last: int
+
+    @classmethod
+    def of(cls, posterior: "Posterior") -> "_Trace":
+        last = len(posterior.elbo_trace)
+        if posterior.trace is None:
+            return cls(posterior.gamma.unsqueeze(0), posterior.mean.unsqueeze(0), last, last)
+        return cls(posterior.trace.gamma, posterior.trace.mean, 1, last)
+
+    def check(self, x: Tensor, image_shape: tuple[int, int, int]) -> None:
+        expected = len(x), math.prod(image_shape[:2]), *image_shape[2:]
+        if x.shape != expected or (self.mean.shape[1], *self.mean.shape[3:]) != expected:
+            raise DataError(
+                f"x has shape {tuple(x.shape)} and the predictions {tuple(self.mean.shape[1:])}, but image_shape "
+                f"(H, W, C) = {tuple(image_shape)} needs (B, D, C) = {expected} and (B, K, D, C): "
+                "give x and its own posterior"
+            )
+
+    def at(self, iterations: list[int], images: list[int]) -> tuple[Array, Array]:
+        steps = torch.tensor(iterations)[:, None] - self.first
+        return _numpy(self.gamma[steps, torch.tensor(images)]), _numpy(self.mean[steps, torch.tensor(images)])
+
+
+def _black_and_white(inputs: Array) -> tuple[float, float]:
+    """The values drawn black and white."""
+    finite = inputs[np.isfinite(inputs)]
+    unit = not finite.size or finite.min() == finite.max() or (finite.min() >= 0 and finite.max() <= 1)
+    return (0.0, 1.0) if unit else (finite.min(), finite.max())
+
+
+def _figure(layout: Layout, blocks: int) -> tuple[Figure, list[Axes]]:
+    """A figure with an axes for each block, in lines from the top."""
+    per_line = min(blocks, max(1, LINE // layout.width))
+    lines = -(-blocks // per_line)
+    inches = per_line * layout.width / STYLE["figure.dpi"], lines * layout.height / STYLE["figure.dpi"]
+    figure = NotebookFigure(figsize=inches)
+    places = (divmod(block, per_line) for block in range(blocks))
+    return figure, [
+        figure.add_axes((place / per_line, 1 - (line + 1) / lines, 1 / per_line, 1 / lines)) for line, place in places
+    ]
 
 
 def _group_colours(groups: Array, gamma: Array, colours: Array) -> Array:
