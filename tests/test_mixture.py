@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -145,6 +146,30 @@ def test_likelihood_agrees_with_its_own_distribution(likelihood):
     score = torch.func.grad(lambda p: likelihood.log_prob(x, p).sum())(psi)
     torch.testing.assert_close(likelihood.score(x, likelihood.mean(psi)), score)
     assert bool((likelihood.saturated_log_prob(x) >= likelihood.log_prob(x, psi)).all())
+
+
+def best_evidence(drawing: list[bool], w: float) -> float:
+    """max over p of log p(x = 1 | ψ) where the components marked draw the pixel with probability p, others never."""
+    p = torch.linspace(1e-4, 1 - 1e-4, 9999)[:, None, None, None]
+    drawn = torch.tensor(drawing)[:, None, None]
+    psi = torch.where(drawn, p.logit(), torch.tensor(-40.0))
+    model = SpatialMixture(decoders.Linear(2, (1, 1, 1)), Bernoulli(), len(drawing), pixel_prior=0.0, ownership=w)
+    return model.log_joint_at(torch.ones(1, 1), psi).logsumexp(-2).max().item()
+
+
+@pytest.mark.parametrize(("w", "divides"), [(0.3, False), (0.36, True), (0.5, True), (1.0, True)])
+def test_division_pays_above_a_third(w, divides):
+    alone, all_four = best_evidence([True, False, False, False], w), best_evidence([True] * 4, w)
+    assert alone == pytest.approx(-math.log(4), abs=1e-3)
+    p = 1 / (1 + 3 * w)
+    assert all_four == pytest.approx(math.log(p) + 3 * w * math.log(1 - p), abs=1e-6)
+    assert (alone > all_four) == divides
+
+
+@pytest.mark.parametrize(("w", "nats"), [(1.0, 0.693), (0.5, 0.262)])
+def test_half_ownership_charges_less_for_an_overlap(w, nats):
+    charge = best_evidence([True, False, False, False], w) - best_evidence([True, True, False, False], w)
+    assert charge == pytest.approx(nats, abs=1e-3)
 
 
 @pytest.mark.parametrize(

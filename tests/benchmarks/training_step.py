@@ -22,7 +22,7 @@ from pnem.models import Bernoulli, SpatialMixture, decoders
 
 H = W = 28
 D, K, M, T, B = H * W, 4, 250, 10, 64
-FLIP = 0.1
+FLIP, OWNERSHIP = 0.1, 0.5
 BAR = 1.15
 
 
@@ -52,7 +52,9 @@ class HandWritten:
             theta = torch.sigmoid(self.inputs(gamma * (x_in - mean)) + self.recurrent(theta))
             psi = self.decoder(theta)
             mean = psi.sigmoid()
-            log_joint = x * psi - F.softplus(psi).sum(1, keepdim=True) - float(np.log(K))
+            log_p0 = -F.softplus(psi)
+            unowned = OWNERSHIP * log_p0.sum(1, keepdim=True) - float(np.log(K))
+            log_joint = x * psi + (1 - OWNERSHIP) * log_p0 + unowned
             gamma = log_joint.softmax(1)
             loss = loss - t * log_joint.logsumexp(1).sum(1).mean()
         return loss / (T * (T + 1) / 2)
@@ -95,7 +97,7 @@ def main() -> None:
     warm_up = 5
     features = np.random.default_rng(0).random((1, B * (options.steps + warm_up), H, W, 1)) < 0.1
     train = Stopwatch(features)
-    model = SpatialMixture(decoders.Linear(M, (H, W, 1)), Bernoulli(), K, pixel_prior=0.0)
+    model = SpatialMixture(decoders.Linear(M, (H, W, 1)), Bernoulli(), K, pixel_prior=0.0, ownership=OWNERSHIP)
     strategy = RNNEM(model, iterations=T, noise=BitFlip(FLIP))
     data = {"training": train, "validation": ImageDataset(features[:, :B])}
     settings = {"epochs": 1, "batch_size": B, "device": "cpu", "progress": False, "compile": options.compile}
