@@ -143,32 +143,50 @@ class Strategy(Configured, nn.Module, ABC):
         register_parameters("strategy", self)
         return self.guide_at(self.unroll(x)[-1])()
 
-    def infer(self, x: Tensor, *, restarts: int = 1, gamma: Tensor | None = None, keep_trace: bool = True) -> Posterior:
+    def infer(
+        self,
+        x: Tensor,
+        *,
+        restarts: int = 1,
+        iterations: int | None = None,
+        gamma: Tensor | None = None,
+        keep_trace: bool = True,
+    ) -> Posterior:
         """The posterior for images `x` (B, D, C), without input noise or gradients.
 
         Args:
             x: the images.
             restarts: R starts run as one batch; per image the one with the highest ELBO at the end is kept.
+            iterations: T; as many as in training when None.
             gamma: initial responsibilities (B, K, D); random when None, which R > 1 requires.
             keep_trace: whether to keep every iteration's state, at T times the memory.
 
         Raises:
             ModelError: `x` does not fit the model.
-            StrategyError: restarts < 1, or restarts > 1 from a given γ.
+            StrategyError: restarts or iterations < 1, or restarts > 1 from a given γ.
         """
+        iterations = self.iterations if iterations is None else iterations
         self.model.check(x)
-        if restarts < 1:
-            raise StrategyError(f"restarts must be at least 1, but is {restarts}")
+        for name, value in (("restarts", restarts), ("iterations", iterations)):
+            if value < 1:
+                raise StrategyError(f"{name} must be at least 1, but is {value}")
         if restarts > 1 and gamma is not None:
             raise StrategyError("restarts from a given gamma would all be the same: leave gamma out, or restarts at 1")
         was_training = self.training
         self.eval()
         try:
             with torch.no_grad():
-                states = self.unroll(x.repeat(restarts, 1, 1), gamma)
-                elbo = torch.stack([self.elbo(state) for state in states])
+                repeated = x.repeat(restarts, 1, 1)
+                state, x_in = self.start(repeated, gamma)
+                states: list[State] = []
+                elbos: list[Tensor] = []
+                for _ in range(iterations):
+                    state = self.step(state, x_in, repeated)
+                    states = [*states, state] if keep_trace else [state]
+                    elbos.append(self.elbo(state))
         finally:
             self.train(was_training)
+        elbo = torch.stack(elbos)
         if restarts > 1:
             best = elbo[-1].reshape(restarts, -1).argmax(0) * len(x) + torch.arange(len(x), device=x.device)
             states = [State(*(value[best] for value in state)) for state in states]

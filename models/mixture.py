@@ -38,10 +38,9 @@ class SpatialMixture(Configured, nn.Module):
         mixing: π: ``"uniform"`` or ``"learned"``.
         pixel_prior: the mean of P₀: Bernoulli(p) for Bernoulli pixels, a point at μ₀ for Normal ones; None for the
             plain mixture.
-        ownership: w, the weight of the ownership term. With w = 1 it is N-EM's. For Bernoulli pixels and P₀ = 0, an "on"
-            pixel that one component draws is more probable than one that all draw from w ≈ ⅓ upwards, and where
-            two components draw the same pixel it costs 0.69 nats at w = 1, but 0.26 at w = ½: less ownership, more
-            readiness to overlap.
+        ownership: w, the weight of the ownership term; N-EM's is 1. For Bernoulli pixels with P₀ = 0, an "on" pixel is
+            more probable drawn by one component than by all from w ≈ ⅓ upwards, and one that two components draw
+            costs 0.69 nats at w = 1, but 0.26 at w = ½: less ownership is more readiness to overlap.
 
     Raises:
         ModelError: K < 1, an unknown prior or mixing, a weight that is negative or not finite, or a pixel prior

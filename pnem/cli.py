@@ -82,6 +82,7 @@ FitSeedOption = Annotated[
 SplitOption = Annotated[str, typer.Option(help="training, validation or test.")]
 LimitOption = Annotated[int | None, typer.Option(help="Use only the first so many images.")]
 RestartsOption = Annotated[int, typer.Option(help="Starts per image; the one with the best evidence is kept.")]
+IterationsOption = Annotated[int | None, typer.Option(help="T at inference; the default is that of training.")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile an iteration: a slow start, faster steps.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
@@ -169,13 +170,14 @@ def evaluate(
     split: SplitOption = "test",
     limit: LimitOption = None,
     restarts: RestartsOption = 1,
+    iterations: IterationsOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores to this file.")] = None,
 ) -> None:
     """Score a run: grouping against the true objects, evidence, reconstruction.
 
-    Example: `pnem evaluate runs/rnn-em shapes.h5 --limit 1000 --restarts 8`
+    Example: `pnem evaluate runs/rnn-em shapes.h5 --limit 1000 --restarts 8 --iterations 20`
     """
     from pnem.files import write_atomically
     from pnem.run import load
@@ -183,7 +185,7 @@ def evaluate(
     if json_file is not None and json_file.exists():
         raise RunError(f"{json_file} exists already: choose another name")
     scores = load(run, device=device).evaluate(
-        data, split=split, limit=limit, restarts=restarts, seed=seed, progress=True
+        data, split=split, limit=limit, restarts=restarts, iterations=iterations, seed=seed, progress=True
     )
     table = Table(title=f"{run} on {scores.images} {split} images")
     table.add_column("score")
@@ -208,6 +210,7 @@ def infer(
     split: SplitOption = "test",
     limit: LimitOption = None,
     restarts: RestartsOption = 1,
+    iterations: IterationsOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
 ) -> None:
@@ -221,7 +224,15 @@ def infer(
     from pnem.run import load
 
     count = write_predictions(
-        load(run, device=device), data, out, split=split, limit=limit, restarts=restarts, seed=seed, progress=True
+        load(run, device=device),
+        data,
+        out,
+        split=split,
+        limit=limit,
+        restarts=restarts,
+        iterations=iterations,
+        seed=seed,
+        progress=True,
     )
     _say(f"wrote gamma, labels and psi of {count} {split} images to {out}")
 

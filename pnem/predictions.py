@@ -25,7 +25,7 @@ def write_predictions(run: Run, data: str | Path, out: str | Path, *, split: str
         data: an HDF5 file; it needs no groups.
         out: the file to write.
         split: the split to infer.
-        **options: ``limit, restarts, batch_size, seed, progress`` of `Run.infer_batches`.
+        **options: ``limit, restarts, iterations, batch_size, seed, progress`` of `Run.infer_batches`.
 
     Raises:
         DataError: `out` exists or cannot be written, or the data do not fit the run.

@@ -121,7 +121,7 @@ PRESETS: dict[str, Preset] = {
         "an RNN-EM that groups within its first epoch, and ends lower: the demo's",
         _rnn_em_quick,
         4,
-        10,
+        8,
         _BEST | {"epochs": 2, "learning_rate": 2e-3},
     ),
     "greff2017-static-rnn-em": Preset(

@@ -60,18 +60,25 @@ class Run:
         self.strategy.to(target)
         return self
 
-    def infer(self, x: Tensor | np.ndarray, *, restarts: int = 1, keep_trace: bool = True) -> Posterior:
+    def infer(
+        self,
+        x: Tensor | np.ndarray,
+        *,
+        restarts: int = 1,
+        iterations: int | None = None,
+        keep_trace: bool = True,
+    ) -> Posterior:
         """The posterior for images `x`, (B, D, C) or (B, H, W, C), in one batch; see `Strategy.infer`.
 
         Raises:
             ModelError: the images do not fit the model.
-            StrategyError: restarts < 1.
+            StrategyError: restarts or iterations < 1.
         """
         images = torch.as_tensor(x)
         if images.dim() == 4 and tuple(images.shape[1:]) == self.settings.image_shape:
             images = images.flatten(1, 2)
         images = images.to(self.device, self.model.mixing_logits.dtype)
-        return self.strategy.infer(images, restarts=restarts, keep_trace=keep_trace)
+        return self.strategy.infer(images, restarts=restarts, iterations=iterations, keep_trace=keep_trace)
 
     def infer_batches(
         self,
@@ -80,6 +87,7 @@ class Run:
         split: str = "test",
         limit: int | None = None,
         restarts: int = 1,
+        iterations: int | None = None,
         batch_size: int = 100,
         seed: int = 0,
         progress: bool = False,
@@ -90,7 +98,7 @@ class Run:
 
         Raises:
             DataError: the split is missing or does not fit the model; or limit or batch_size is below 1.
-            StrategyError: restarts < 1.
+            StrategyError: restarts or iterations < 1.
         """
         check_whole(batch_size, "batch_size")
         dataset = open_split(data, split, self.model)
@@ -99,7 +107,7 @@ class Run:
             check_images(self.model, batch.x, f"split {split!r}")
             with forked_rng(self.device):
                 torch.manual_seed(seed * 1_000_003 + i)
-                posterior = self.infer(batch.x, restarts=restarts, keep_trace=False)
+                posterior = self.infer(batch.x, restarts=restarts, iterations=iterations, keep_trace=False)
             yield batch, posterior
 
     def evaluate(
@@ -109,13 +117,21 @@ class Run:
         split: str = "test",
         limit: int | None = None,
         restarts: int = 1,
+        iterations: int | None = None,
         batch_size: int = 100,
         seed: int = 0,
         progress: bool = False,
     ) -> Scores:
         """Scores on a split; the arguments and errors are those of `infer_batches`."""
         results = self.infer_batches(
-            data, split=split, limit=limit, restarts=restarts, batch_size=batch_size, seed=seed, progress=progress
+            data,
+            split=split,
+            limit=limit,
+            restarts=restarts,
+            iterations=iterations,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
         )
         return score(results, bernoulli=isinstance(self.model.likelihood, Bernoulli))
 

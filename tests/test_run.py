@@ -204,6 +204,7 @@ def test_bad_requests_of_a_run_are_refused(directory):
         ({"limit": 0}, "limit"),
         ({"batch_size": 0}, "batch_size"),
         ({"restarts": 0}, "restarts"),
+        ({"iterations": 0}, "iterations"),
         ({"split": "tset"}, "tset"),
     ):
         with pytest.raises(pnem.errors.PnemError, match=message):

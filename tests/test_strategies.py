@@ -144,6 +144,18 @@ def test_noise_hits_as_often_as_it_says():
     assert bool(((noisy >= 0) & (noisy <= 1)).all())
 
 
+def test_inference_may_take_more_iterations_than_training():
+    strategy = RNNEM(MODELS["owned Bernoulli"](), iterations=4)
+    x, gamma = images(3), torch.rand(3, 3, 12).softmax(1)
+    longer = strategy.infer(x, iterations=strategy.iterations + 3, gamma=gamma)
+    assert longer.elbo_trace.shape == (strategy.iterations + 3, 3)
+    assert torch.equal(longer.elbo_trace[: strategy.iterations], strategy.infer(x, gamma=gamma).elbo_trace)
+    assert torch.equal(longer.trace.theta[-1], longer.theta)
+    alone = strategy.infer(x, iterations=strategy.iterations + 3, gamma=gamma, keep_trace=False)
+    assert alone.trace is None
+    assert torch.equal(alone.elbo_trace, longer.elbo_trace)
+
+
 def test_restarts_keep_the_best_evidence_of_each_image():
     strategy = RNNEM(MODELS["owned Bernoulli"](), iterations=2)
     x = images(5)
@@ -227,6 +239,7 @@ BAD = {
     "negative weights": (lambda m: ELBO([1, -1]), "weights"),
     "no weight": (lambda m: ELBO([0, 0]), "weights"),
     "no restarts": (lambda m: RNNEM(m).infer(images(1), restarts=0), "restarts"),
+    "no iterations at inference": (lambda m: RNNEM(m).infer(images(1), iterations=0), "iterations"),
     "restarts from one start": (
         lambda m: RNNEM(m).infer(images(1), restarts=2, gamma=torch.ones(1, 3, 12)),
         "all be the same",
