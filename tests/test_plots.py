@@ -202,6 +202,12 @@ class TestOverview:
         assert figures[0]._repr_png_() == figures[1]._repr_png_()  # type: ignore[attr-defined]
         plots.elbo_by_iteration(there)
 
+    def test_images_may_have_two_dimensions(self) -> None:
+        x, posterior = torch.rand(B, D, 1), inferred()
+        flat, square = (plots.overview(each, posterior, (H, W, 1)) for each in (x, x.reshape(B, H, W, 1)))
+        for a, b in zip(flat.axes[0].get_images(), square.axes[0].get_images(), strict=True):
+            np.testing.assert_array_equal(a.get_array(), b.get_array())
+
     @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 1), (200, 3, 2)])
     def test_one_image_one_component_one_iteration(self, shape: tuple[int, int, int]) -> None:
         pixels, C = shape[0] * shape[1], shape[2]

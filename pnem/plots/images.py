@@ -50,7 +50,7 @@ def overview(
     input; predictions beyond are clipped. Values that are not finite are magenta.
 
     Args:
-        x: the images (B, D, C).
+        x: the images, (B, D, C) or (B, H, W, C).
         posterior: what was inferred for them. Without a trace only its last iteration is drawn.
         image_shape: (H, W, C), with H · W = D.
         images: indices into x; the first three when None.
@@ -66,6 +66,8 @@ def overview(
         DataError: x, posterior, image_shape and groups do not fit together, an index is out of range or not an
             integer, or iterations are asked of a posterior without a trace.
     """
+    if x.dim() == 4 and tuple(x.shape[1:]) == tuple(image_shape):
+        x = x.flatten(1, 2)
     trace = _Trace.of(posterior)
     trace.check(x, image_shape)
     H, W, C = image_shape
