@@ -67,7 +67,7 @@ def _rnn_em(image_shape: Sequence[int], components: int, iterations: int) -> Par
 def _rnn_em_quick(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
     decoder = decoders.MLP(64, image_shape, hidden=(256,), layer_norm=True)
     encoder = encoders.MLP(image_shape, hidden=(256,), layer_norm=True)
-    model = SpatialMixture(decoder, Bernoulli(), components, pixel_prior=0.0, ownership=0.4)
+    model = SpatialMixture(decoder, Bernoulli(), components, pixel_prior=0.0, ownership=0.5)
     strategy = RNNEM(
         model, encoder=encoder, recurrence="gated", layer_norm=True, iterations=iterations, noise=BitFlip(0.1)
     )
@@ -106,7 +106,7 @@ PRESETS: dict[str, Preset] = {
         _rnn_em,
         4,
         10,
-        _BEST | {"epochs": 20, "learning_rate": 2e-3},
+        _BEST | {"epochs": 24, "learning_rate": 2e-3},
     ),
     "n-em": Preset(
         "n-em",
