@@ -34,7 +34,7 @@ class Scale(NamedTuple):
     epochs: int
 
 
-FULL = Scale({"rnn-em": 60_000, "n-em": 30_000}, 1_000, 2)
+FULL = Scale({"rnn-em": 55_000, "n-em": 30_000}, 1_000, 2)
 SMALL = Scale({"rnn-em": 640, "n-em": 640}, 50, 1)
 
 
