@@ -1,5 +1,6 @@
 """The command line: what each command writes, and one clear message for every mistake."""
 
+import functools
 import json
 import os
 import signal
@@ -148,11 +149,17 @@ def test_ctrl_c_keeps_the_run_and_says_how_to_resume(data, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "pnem.cli", "train", str(data), "--strategy", "rnn-em", "--out", str(out)]
     command += ["--batch-size", "4", "--epochs", "100000", "--iterations", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (out / "checkpoints/last.ckpt").exists():
-        pass
-    os.kill(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    # What runs in the background of a shell ignores Ctrl-C, and so would its children.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=listen, **pipes) as process:
+        try:
+            while process.poll() is None and not (out / "checkpoints/last.ckpt").exists():
+                pass
+            os.kill(process.pid, signal.SIGINT)
+            _, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "--resume" in stderr
     assert "Traceback" not in stderr
