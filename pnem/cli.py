@@ -177,7 +177,7 @@ def evaluate(
 ) -> None:
     """Score a run: grouping against the true objects, evidence, reconstruction.
 
-    Example: `pnem evaluate runs/rnn-em shapes.h5 --limit 1000 --restarts 8 --iterations 20`
+    Example: `pnem evaluate runs/rnn-em shapes.h5 --limit 1000 --restarts 8`
     """
     from pnem.files import write_atomically
     from pnem.run import load
