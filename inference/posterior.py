@@ -18,6 +18,7 @@ class State(NamedTuple):
         psi: (B, K, D, P), the parameters of that prediction.
         gamma: (B, K, D), the responsibilities of the strategy's E-step.
         log_joint: (B, K, D), log p(x_i, z_i = k | θ) of the declared model, in nats.
+        log_mixing: (B, K), log π: the model's, unless the strategy fits it.
     """
 
     theta: Tensor
@@ -25,6 +26,7 @@ class State(NamedTuple):
     psi: Tensor
     gamma: Tensor
     log_joint: Tensor
+    log_mixing: Tensor
 
     @property
     def log_evidence(self) -> Tensor:

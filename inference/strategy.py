@@ -74,7 +74,7 @@ class Strategy(Configured, nn.Module, ABC):
         Raises:
             StrategyError: `gamma` does not have shape (B, K, D).
         """
-        batch, K, D = len(x), self.model.num_components, self.model.num_pixels
+        batch, K, D = len(x), self.model.num_components, x.shape[-2]
         if gamma is None:
             gamma = x.new_empty(batch, K, D).normal_().abs_()
             gamma = gamma / gamma.sum(-2, keepdim=True)
@@ -83,16 +83,16 @@ class Strategy(Configured, nn.Module, ABC):
         theta = x.new_zeros(batch, K, self.model.latent_features)
         mean = x.new_zeros(batch, K, D, x.shape[-1])
         psi = x.new_zeros(batch, K, D, self.model.decoder.image_shape[2])
-        return State(theta, mean, psi, gamma, torch.zeros_like(gamma))
+        return State(theta, mean, psi, gamma, torch.zeros_like(gamma), self.model.log_mixing.expand(batch, K))
 
     def step(self, state: State, x_in: Tensor, x: Tensor) -> State:
         """One M-step that sees `x_in`, and the E-step on its target `x`: a pure function of tensors."""
         theta = self.m_step(state, x_in)
         theta = theta.to(torch.promote_types(theta.dtype, torch.float32))
         psi = self.model.decode(theta)
-        log_joint = self.model.log_joint_at(x, psi)
+        log_joint = self.model.log_joint_at(x, psi, state.log_mixing)
         gamma = self._responsibilities(log_joint, x, psi)
-        return State(theta, self.model.likelihood.mean(psi), psi, gamma, log_joint)
+        return State(theta, self.model.likelihood.mean(psi), psi, gamma, log_joint, state.log_mixing)
 
     def _responsibilities(self, log_joint: Tensor, x: Tensor, psi: Tensor) -> Tensor:
         if self.e_step == "greff2017":

@@ -2,7 +2,20 @@
 
 from pnem.models import decoders
 from pnem.models.config import Configured
-from pnem.models.likelihoods import Bernoulli, Likelihood, Normal
+from pnem.models.exponential_family import Binomial, Categorical, MultivariateNormal, Poisson
+from pnem.models.likelihoods import Bernoulli, ExponentialFamily, Likelihood, Normal
 from pnem.models.mixture import SpatialMixture
 
-__all__ = ["Bernoulli", "Configured", "Likelihood", "Normal", "SpatialMixture", "decoders"]
+__all__ = [
+    "Bernoulli",
+    "Binomial",
+    "Categorical",
+    "Configured",
+    "ExponentialFamily",
+    "Likelihood",
+    "MultivariateNormal",
+    "Normal",
+    "Poisson",
+    "SpatialMixture",
+    "decoders",
+]

@@ -4,6 +4,7 @@
 Bernoulli and Normal pixels. Pixels are in row-major order, D = H·W.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ from pnem.models.config import Configured
 from pnem.models.errors import ModelError
 from pnem.models.networks import activation, flat_call, mlp
 
-__all__ = ["MLP", "Convolutional", "Decoder", "Linear"]
+__all__ = ["MLP", "Constant", "Convolutional", "Decoder", "Linear"]
 
 
 class Decoder(Configured, nn.Module, ABC):
@@ -39,8 +40,8 @@ class Decoder(Configured, nn.Module, ABC):
         self.image_shape = (image_shape[0], image_shape[1], image_shape[2])
 
     @property
-    def num_pixels(self) -> int:
-        """D = H·W."""
+    def num_pixels(self) -> int | None:
+        """D = H·W; None where the decoder serves any number of pixels."""
         return self.image_shape[0] * self.image_shape[1]
 
     @abstractmethod
@@ -48,7 +49,29 @@ class Decoder(Configured, nn.Module, ABC):
         """(..., M) -> (..., D, P)."""
 
     def _to_pixels(self, y: Tensor) -> Tensor:
-        return y.reshape(*y.shape[:-1], self.num_pixels, self.image_shape[2])
+        H, W, P = self.image_shape
+        return y.reshape(*y.shape[:-1], H * W, P)
+
+
+class Constant(Decoder):
+    """ψ_{k,i} = θ_k: the same in every pixel, however many there are. The decoder of classical mixtures.
+
+    Its output has a pixel axis of size one, which broadcasts.
+
+    >>> import torch
+    >>> Constant(5)(torch.zeros(2, 4, 5)).shape
+    torch.Size([2, 4, 1, 5])
+    """
+
+    def __init__(self, num_parameters: int):
+        super().__init__(num_parameters, (1, 1, num_parameters))
+
+    @property
+    def num_pixels(self) -> None:  # noqa: D102
+        return None
+
+    def forward(self, theta: Tensor) -> Tensor:  # noqa: D102
+        return theta.unsqueeze(-2)
 
 
 class Linear(Decoder):
@@ -66,7 +89,7 @@ class Linear(Decoder):
     ):
         super().__init__(latent_features, image_shape)
         self.activation = activation(input_activation)
-        self.linear = nn.Linear(latent_features, self.num_pixels * self.image_shape[2], bias=bias)
+        self.linear = nn.Linear(latent_features, math.prod(self.image_shape), bias=bias)
 
     def forward(self, theta: Tensor) -> Tensor:  # noqa: D102
         return self._to_pixels(self.linear(self.activation(theta)))
@@ -92,7 +115,7 @@ class MLP(Decoder):
         super().__init__(latent_features, image_shape)
         widths = (latent_features, *hidden)
         self.hidden = mlp(widths, activation_name=activation, layer_norm=layer_norm)
-        self.output = nn.Linear(widths[-1], self.num_pixels * self.image_shape[2])
+        self.output = nn.Linear(widths[-1], math.prod(self.image_shape))
 
     def forward(self, theta: Tensor) -> Tensor:  # noqa: D102
         return self._to_pixels(self.output(self.hidden(theta)))

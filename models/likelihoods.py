@@ -12,14 +12,26 @@ from torch.nn import functional as F
 from pnem.models.config import Configured
 from pnem.models.errors import ModelError
 
-__all__ = ["Bernoulli", "Likelihood", "Normal"]
+__all__ = ["Bernoulli", "ExponentialFamily", "Likelihood", "Normal", "finite_logit"]
 
 
 class Likelihood(Configured, nn.Module, ABC):
     """p(x_i | ψ_{k,i}): how a pixel with C channels follows from its P unconstrained parameters.
 
-    Channels are independent given the component and multiply within it.
+    Channels multiply within a component, where they are independent given it.
     """
+
+    def num_parameters(self, channels: int) -> int:
+        """P, for pixels of C channels."""
+        return channels
+
+    def num_channels(self, parameters: int) -> int:
+        """C, for pixels of P parameters.
+
+        Raises:
+            ModelError: no number of channels has that many.
+        """
+        return parameters
 
     @abstractmethod
     def distribution(self, psi: Tensor) -> dist.TorchDistribution:
@@ -37,9 +49,15 @@ class Likelihood(Configured, nn.Module, ABC):
     def mean(self, psi: Tensor) -> Tensor:
         """E[x_i | ψ_i]: (..., D, P) -> (..., D, C)."""
 
-    @abstractmethod
     def score(self, x: Tensor, mean: Tensor) -> Tensor:
-        """∂ log p(x_i | ψ_i) / ∂ψ_i at the ψ whose mean is given: x, mean (..., D, C) -> (..., D, P)."""
+        """∂ log p(x_i | ψ_i) / ∂ψ_i at the ψ whose mean is given: x, mean (..., D, C) -> (..., D, P).
+
+        Raises:
+            ModelError: this likelihood's ψ is not a function of its mean.
+        """
+        raise ModelError(
+            f"{type(self).__name__} has no score at a mean: N-EM needs Bernoulli, Normal or Poisson pixels"
+        )
 
     @abstractmethod
     def saturated_log_prob(self, x: Tensor) -> Tensor:
@@ -49,7 +67,51 @@ class Likelihood(Configured, nn.Module, ABC):
         """Raises `ModelError` where `x` is outside the likelihood's support."""
 
 
-class Bernoulli(Likelihood):
+class ExponentialFamily(Likelihood):
+    r"""A likelihood of the form p(x_i | ψ) = h(x_i) exp(⟨η(ψ), T(x_i)⟩ − A(ψ)).
+
+    The log-likelihood of weighted items depends on them only through their weight and their weighted mean of T, and
+    is largest where E[T] equals that mean (Dempster, Laird & Rubin 1977, section 2).
+    """
+
+    @abstractmethod
+    def statistics(self, x: Tensor) -> Tensor:
+        """T(x): (..., D, C) -> (..., D, S)."""
+
+    @abstractmethod
+    def natural(self, psi: Tensor) -> tuple[Tensor, Tensor]:
+        """η(ψ) and A(ψ), in nats: (..., P) -> (..., S) and (...)."""
+
+    def log_base_measure(self, x: Tensor) -> Tensor:
+        """log h(x) in nats: (..., D, C) -> (..., D)."""
+        return x.new_zeros(x.shape[:-1])
+
+    @abstractmethod
+    def match(self, mean: Tensor, weight: Tensor) -> Tensor:
+        """The most likely ψ of K components.
+
+        Args:
+            mean: the weighted mean of T over each component's items, (..., K, S).
+            weight: the sum of those weights, (..., K).
+
+        Returns:
+            ψ, (..., K, P).
+        """
+
+    def origin(self, x: Tensor) -> Tensor:
+        """Where to put the origin so that T(x) loses no digits: (B, D, C) -> (B, 1, C); 0 unless x may be moved."""
+        return x.new_zeros(len(x), 1, x.shape[-1])
+
+    def translate(self, psi: Tensor, shift: Tensor) -> Tensor:
+        """ψ of x + shift, from ψ of x: psi (..., P), shift (..., C) -> (..., P)."""
+        return psi
+
+    def log_probs(self, xs: Sequence[Tensor], psi: Tensor) -> list[Tensor]:  # noqa: D102
+        eta, log_partition = self.natural(psi)
+        return [(self.statistics(x) * eta).sum(-1) - log_partition + self.log_base_measure(x) for x in xs]
+
+
+class Bernoulli(ExponentialFamily):
     """Binary pixels; ψ are logits, P = C. Grey values in [0, 1] count as expected bits.
 
     >>> Bernoulli().log_prob(torch.ones(1, 1), torch.zeros(1, 1))
@@ -62,6 +124,15 @@ class Bernoulli(Likelihood):
     def log_probs(self, xs: Sequence[Tensor], psi: Tensor) -> list[Tensor]:  # noqa: D102
         log_p0 = -F.softplus(psi)
         return [_sum_channels(torch.addcmul(log_p0, x, psi)) for x in xs]
+
+    def statistics(self, x: Tensor) -> Tensor:  # noqa: D102
+        return x
+
+    def natural(self, psi: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return psi, F.softplus(psi).sum(-1)
+
+    def match(self, mean: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
+        return finite_logit(mean)
 
     def mean(self, psi: Tensor) -> Tensor:  # noqa: D102
         return psi.sigmoid()
@@ -131,3 +202,8 @@ class Normal(Likelihood):
 def _sum_channels(values: Tensor) -> Tensor:
     # A sum over one channel would be a copy.
     return values.squeeze(-1) if values.shape[-1] == 1 else values.sum(-1)
+
+
+def finite_logit(p: Tensor) -> Tensor:
+    """log p − log(1 − p), finite also at 0 and 1."""
+    return p.clamp_min(torch.finfo(p.dtype).tiny).log() - (1 - p).clamp_min(torch.finfo(p.dtype).eps).log()

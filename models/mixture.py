@@ -35,7 +35,8 @@ class SpatialMixture(Configured, nn.Module):
         likelihood: the distribution of a pixel given its parameters.
         num_components: K.
         prior: p(θ): ``"flat"`` (maximum likelihood) or ``"standard_normal"``.
-        mixing: π: ``"uniform"`` or ``"learned"``.
+        mixing: π: ``"uniform"``; ``"learned"``, the same for all images; or ``"per_image"``, for classical EM: uniform
+            until it is fitted.
         pixel_prior: the mean of P₀: Bernoulli(p) for Bernoulli pixels, a point at μ₀ for Normal ones; None for the
             plain mixture.
         ownership: w, the weight of the ownership term; N-EM's is 1. For Bernoulli pixels with P₀ = 0, an "on" pixel is
@@ -71,14 +72,15 @@ class SpatialMixture(Configured, nn.Module):
             raise ModelError(f"num_components must be at least 1, but is {num_components}")
         if prior not in ("flat", "standard_normal"):
             raise ModelError(f'prior must be "flat" or "standard_normal", but is {prior!r}')
-        if mixing not in ("uniform", "learned"):
-            raise ModelError(f'mixing must be "uniform" or "learned", but is {mixing!r}')
+        if mixing not in ("uniform", "learned", "per_image"):
+            raise ModelError(f'mixing must be "uniform", "learned" or "per_image", but is {mixing!r}')
         if not 0 <= ownership < float("inf"):
             raise ModelError(f"ownership must be a finite weight of at least 0, but is {ownership}")
         self.decoder = decoder
         self.likelihood = likelihood
         self.num_components = num_components
         self.prior = prior
+        self.mixing_kind = mixing
         self.ownership = float(ownership)
         if pixel_prior is None:
             self.pixel_prior = None
@@ -98,18 +100,31 @@ class SpatialMixture(Configured, nn.Module):
         return self.decoder.latent_features
 
     @property
-    def num_pixels(self) -> int:
-        """D, the pixels of an image."""
+    def num_pixels(self) -> int | None:
+        """D, the pixels of an image; None where the decoder serves any number of them."""
         return self.decoder.num_pixels
 
     @property
+    def num_channels(self) -> int:
+        """C, the channels of a pixel."""
+        return self.likelihood.num_channels(self.decoder.image_shape[2])
+
+    @property
     def log_mixing(self) -> Tensor:
-        """log π: (K,)."""
+        """log π: (K,), or (B, K) where every image has its own."""
         return self.mixing_logits.log_softmax(-1)
+
+    def set_log_mixing(self, log_mixing: Tensor) -> None:
+        """Takes fitted log π, (B, K), as the model's own: one for all images, or one each, as the model has them."""
+        with torch.no_grad():
+            if self.mixing_kind == "learned":
+                self.mixing_logits.copy_(log_mixing[0])
+            elif self.mixing_kind == "per_image":
+                self.mixing_logits = log_mixing.clone()
 
     @property
     def mixing(self) -> Tensor:
-        """π: (K,)."""
+        """π: (K,), or (B, K) where every image has its own."""
         return self.log_mixing.exp()
 
     def decode(self, theta: Tensor) -> Tensor:
@@ -139,9 +154,12 @@ class SpatialMixture(Configured, nn.Module):
         """log p(x | θ) = Σ_i log Σ_k p(x_i, z_i = k | θ), in nats per image: x (B, D, C), theta (B, K, M) -> (B,)."""
         return self.log_joint(x, theta).logsumexp(-2).sum(-1)
 
-    def log_joint_at(self, x: Tensor, psi: Tensor) -> Tensor:
-        """`log_joint` from decoded parameters: x (..., D, C), psi (..., K, D, P) -> (..., K, D)."""
-        log_mixing, x = self.log_mixing.unsqueeze(-1), x.unsqueeze(-3)
+    def log_joint_at(self, x: Tensor, psi: Tensor, log_mixing: Tensor | None = None) -> Tensor:
+        """`log_joint` from decoded parameters: x (..., D, C), psi (..., K, D, P), log π (..., K) -> (..., K, D).
+
+        The model's own log π when None.
+        """
+        log_mixing, x = (self.log_mixing if log_mixing is None else log_mixing).unsqueeze(-1), x.unsqueeze(-3)
         if self.pixel_prior is None or not self.owned:
             return log_mixing + self.likelihood.log_prob(x, psi)
         log_p, unowned = self.likelihood.log_probs([x, self.pixel_prior], psi)
@@ -173,18 +191,21 @@ class SpatialMixture(Configured, nn.Module):
 
     def check(self, x: Tensor) -> None:
         """Raises `ModelError` unless `x` is (..., D, C) with this model's pixels, finite, and in the support."""
-        channels = self.decoder.image_shape[2]
-        if x.dim() < 3 or tuple(x.shape[-2:]) != (self.num_pixels, channels):
+        D, C = self.num_pixels, self.num_channels
+        if x.dim() < 3 or x.shape[-1] != C or D not in (None, x.shape[-2]):
+            H, W, _ = self.decoder.image_shape
             raise ModelError(
-                f"x has shape {tuple(x.shape)}, but this model needs (B, D={self.num_pixels}, C={channels}): "
-                f"images of {self.decoder.image_shape[0]}×{self.decoder.image_shape[1]} pixels, flattened row by row"
+                f"x has shape {tuple(x.shape)}, but this model needs (B, {'D' if D is None else f'D={D}'}, C={C})"
+                + ("" if D is None else f": images of {H}×{W} pixels, flattened row by row")
             )
         if not bool(x.isfinite().all()):
             raise ModelError(f"x holds {int((~x.isfinite()).sum())} values that are NaN or infinite")
         self.likelihood.check(x)
 
-    def forward(self, x: Tensor | None = None, num_images: int = 1) -> Tensor:
+    def forward(self, x: Tensor | None = None, num_images: int = 1, num_pixels: int = 1) -> Tensor:
         """The Pyro program: scores the images `x` (B, D, C), or generates `num_images` of them.
+
+        `num_pixels` is used where the decoder leaves D open.
 
         z_i is drawn from p(z_i | θ) of the declared model, which ownership makes depend on ψ, and the ``"unowned"``
         factor carries the rest of the ownership term. The joint density is the declared one, and what is generated
@@ -197,8 +218,10 @@ class SpatialMixture(Configured, nn.Module):
             with pyro.plate("components", self.num_components, dim=-1):
                 theta = pyro.sample("theta", self._prior())
             psi = self.decode(theta)
+            D = self.num_pixels or (num_pixels if x is None else x.shape[-2])
+            psi = psi.expand(*psi.shape[:-2], D, psi.shape[-1])
             log_weights = self.log_mixing.unsqueeze(-1).expand(psi.shape[:-1])
-            with pyro.plate("pixels", self.num_pixels, dim=-1):
+            with pyro.plate("pixels", D, dim=-1):
                 if self.owned:
                     unowned = self.ownership * self.log_unowned(psi)
                     log_weights = log_weights - unowned

@@ -1,0 +1,257 @@
+"""Classical EM: the M-step in closed form, until the evidence rises no more."""
+
+import functools
+import operator
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pnem.inference.errors import StrategyError
+from pnem.inference.m_steps import Expectation, MStep, Parameters, find_m_step
+from pnem.inference.posterior import Posterior, State
+from pnem.inference.strategy import Strategy
+from pnem.models import SpatialMixture
+
+__all__ = ["INITS", "ClassicalEM", "ConvergenceWarning"]
+
+INITS = ("k-means++", "random", "points")
+# Items of one piece: their statistics and responsibilities stay in the processor's cache.
+PIECE = 4096
+# Bytes of prepared items that are kept from one iteration to the next.
+KEEP = 2**30
+
+
+class ConvergenceWarning(UserWarning):
+    """EM stopped at its last iteration while the evidence was still rising."""
+
+
+class ClassicalEM(Strategy):
+    r"""Expectation maximisation with a closed-form M-step (Dempster, Laird & Rubin 1977).
+
+    The E-step is that of the model, γ_{k,i} = p(z_i = k | x_i, θ); the M-step maximises
+
+        Q(θ, π) = Σ_i Σ_k γ_{k,i} log p(x_i, z_i = k | θ, π)
+
+    exactly, by the rule registered for the model's decoder, likelihood and prior (`register_m_step`), so that log
+    p(x | θ) never falls. θ and, where the model learns them, the mixing weights are fitted for the images at hand;
+    there is nothing to train.
+
+    Args:
+        model: the generative model.
+        iterations: at most this many.
+        tol: stop when the evidence rises by less than this, in nats per item.
+        initial: where to start: ``"k-means++"``: items nearest to seeds far from one another (Arthur & Vassilvitskii
+            2007); ``"random"``: random responsibilities; ``"points"``: items nearest to random items.
+
+    Raises:
+        StrategyError: no rule is registered for the model; iterations < 1, a negative tol, or an unknown start.
+
+    >>> from pnem.models import MultivariateNormal, SpatialMixture, decoders
+    >>> normal = MultivariateNormal("full")
+    >>> model = SpatialMixture(decoders.Constant(normal.num_parameters(2)), normal, 3, mixing="learned")
+    >>> posterior = ClassicalEM(model).infer(torch.randn(1, 500, 2), restarts=5)
+    >>> posterior.gamma.shape
+    torch.Size([1, 3, 500])
+    """
+
+    def __init__(self, model: SpatialMixture, *, iterations: int = 100, tol: float = 1e-3, initial: str = "k-means++"):
+        super().__init__(model, iterations=iterations)
+        if not tol >= 0:
+            raise StrategyError(f"tol must be at least 0, but is {tol}")
+        if initial not in INITS:
+            raise StrategyError(f"initial must be one of {', '.join(INITS)}, but is {initial!r}")
+        self.rule = find_m_step(model)
+        self.tol = tol
+        self.initial = initial
+
+    def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102
+        return self._maximise(state.gamma, x_in).theta[0]
+
+    def step(self, state: State, x_in: Tensor, x: Tensor) -> State:  # noqa: D102
+        return self._state(self._maximise(state.gamma, x_in), x)
+
+    def _maximise(self, gamma: Tensor, x: Tensor) -> Parameters:
+        rule = self.rule(self.model, x)
+        return rule.maximise(rule.count(rule.prepare(x), gamma.transpose(-1, -2).unsqueeze(-2)))
+
+    def _state(self, parameters: Parameters, x: Tensor) -> State:
+        """The E-step at parameters of a single start."""
+        theta, log_mixing = parameters.theta[0], parameters.log_mixing[0]
+        psi = self.model.decode(theta)
+        rule = self.rule(self.model, x)
+        log_joint = rule.log_joint(parameters, rule.prepare(x)).squeeze(-2).transpose(-1, -2)
+        mean = self.model.likelihood.mean(psi)
+        D = x.shape[-2]
+        return State(
+            theta,
+            mean.expand(*mean.shape[:-2], D, mean.shape[-1]),
+            psi.expand(*psi.shape[:-2], D, psi.shape[-1]),
+            log_joint.softmax(-2),
+            log_joint,
+            log_mixing,
+        )
+
+    def infer(
+        self,
+        x: Tensor,
+        *,
+        restarts: int = 1,
+        iterations: int | None = None,
+        gamma: Tensor | None = None,
+        keep_trace: bool = False,
+        theta: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Posterior:
+        """EM on images `x` (B, D, C) until it converges, from R starts at once; the best of each image is kept.
+
+        The model's mixing weights, where it learns them, become the fitted ones.
+
+        Args:
+            x: the images: B fits, independent but for the mixing weights if these are ``"learned"``.
+            restarts: R.
+            iterations: at most this many; the strategy's when None.
+            gamma: initial responsibilities (B, K, D), in place of `initial`.
+            keep_trace: must be False: a fit of many iterations has no room for all its states.
+            theta: initial θ (B, K, M), at the model's mixing weights, in place of `initial`.
+            weight: how often each item counts, (B, D).
+
+        Raises:
+            ModelError: `x` does not fit the model.
+            StrategyError: restarts or iterations < 1, restarts > 1 from a given start, or a start or weights of the
+                wrong shape.
+
+        Warns:
+            ConvergenceWarning: the evidence was still rising by more than tol after the last iteration.
+        """
+        self.model.check(x)
+        iterations = self.iterations if iterations is None else iterations
+        self._check(x, restarts, iterations, gamma, theta, weight)
+        if keep_trace:
+            raise StrategyError("classical EM keeps no trace: leave keep_trace out")
+        rule = self.rule(self.model, x)
+        with torch.no_grad():
+            items = _Items(rule, x, weight)
+            parameters = self._start(rule, items, x, restarts, gamma, theta)
+            count = x.shape[-2] if weight is None else weight.sum(-1)
+            evidence: list[Tensor] = []
+            rise = torch.full((), torch.inf)
+            while len(evidence) < iterations and bool((rise >= self.tol).any()):
+                expectation = items.expect(parameters)
+                evidence.append(expectation.evidence)
+                parameters = rule.maximise(expectation.statistics)
+                if len(evidence) > 1:
+                    rise = (evidence[-1] - evidence[-2]) / count
+            if bool((rise >= self.tol).any()):
+                warnings.warn(
+                    f"after {iterations} iterations the evidence still rises by {rise.max().item():.2g} nats per item "
+                    f"(tol={self.tol:.2g}): allow more iterations, or a larger tol",
+                    ConvergenceWarning,
+                    stacklevel=2,
+                )
+            return self._posterior(parameters, torch.stack(evidence), x)
+
+    def _check(
+        self,
+        x: Tensor,
+        restarts: int,
+        iterations: int,
+        gamma: Tensor | None,
+        theta: Tensor | None,
+        weight: Tensor | None,
+    ) -> None:
+        B, D, K, M = len(x), x.shape[-2], self.model.num_components, self.model.latent_features
+        for name, number in (("restarts", restarts), ("iterations", iterations)):
+            if number < 1:
+                raise StrategyError(f"{name} must be at least 1, but is {number}")
+        given = {"gamma": (gamma, (B, K, D)), "theta": (theta, (B, K, M)), "weight": (weight, (B, D))}
+        for name, (value, shape) in given.items():
+            if value is not None and value.shape != shape:
+                raise StrategyError(f"{name} has shape {tuple(value.shape)}, but these images need {shape}")
+        if restarts > 1 and not (gamma is None and theta is None):
+            raise StrategyError("restarts from a given start would all be the same: leave it out, or restarts at 1")
+        if weight is not None and not bool((weight >= 0).all() & weight.isfinite().all() & (weight.sum(-1) > 0).all()):
+            raise StrategyError("weights must be finite, at least 0 and not all 0")
+
+    def _start(
+        self, rule: MStep, items: "_Items", x: Tensor, restarts: int, gamma: Tensor | None, theta: Tensor | None
+    ) -> Parameters:
+        B, D, K = len(x), x.shape[-2], self.model.num_components
+        if theta is not None:
+            return Parameters(theta.unsqueeze(0), self.model.log_mixing.expand(1, B, K))
+        if gamma is not None:
+            weighted = gamma.unsqueeze(0)
+        elif self.initial == "random":
+            weighted = x.new_empty(restarts, B, K, D).normal_().abs_()
+            weighted /= weighted.sum(-2, keepdim=True)
+        else:
+            weighted = torch.stack(
+                [_nearest(x, _seeds(x, K, far=self.initial == "k-means++")) for _ in range(restarts)]
+            )
+        return rule.maximise(items.count(weighted))
+
+    def _posterior(self, parameters: Parameters, evidence: Tensor, x: Tensor) -> Posterior:
+        """The best start of each image: evidence (T, R, B)."""
+        B = len(x)
+        # Starts that share mixing weights between images stand or fall together.
+        final = (
+            evidence[-1].sum(-1, keepdim=True).expand(-1, B) if self.model.mixing_kind == "learned" else evidence[-1]
+        )
+        best, images = final.argmax(0), torch.arange(B, device=x.device)
+        chosen = Parameters(*(value[best, images].unsqueeze(0) for value in parameters))
+        self.model.set_log_mixing(chosen.log_mixing[0])
+        return Posterior.from_states([self._state(chosen, x)], evidence[:, best, images], keep_trace=False)
+
+
+class _Items:
+    """Items in pieces, prepared once if they fit into memory."""
+
+    def __init__(self, rule: MStep, x: Tensor, weight: Tensor | None):
+        self.rule = rule
+        self.x = x.split(PIECE, 1)
+        self.weight = [None] * len(self.x) if weight is None else weight.split(PIECE, 1)
+        first = rule.prepare(self.x[0])
+        keep = first.element_size() * first.numel() / self.x[0].shape[1] * x.shape[1] <= KEEP
+        self.prepared = [first, *(rule.prepare(piece) for piece in self.x[1:])] if keep else None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self.prepared or map(self.rule.prepare, self.x)
+
+    def expect(self, parameters: Parameters) -> Expectation:
+        """The E-step on all items."""
+        parts = (self.rule.expect(parameters, *piece) for piece in zip(self, self.weight, strict=True))
+        return functools.reduce(operator.add, parts)
+
+    def count(self, gamma: Tensor) -> Tensor:
+        """The statistics of all items under γ (R, B, K, D)."""
+        total: Tensor | None = None
+        for prepared, part, weight in zip(self, gamma.split(PIECE, -1), self.weight, strict=True):
+            weighted = part if weight is None else part * weight.unsqueeze(-2)
+            counted = self.rule.count(prepared, weighted.permute(1, 3, 0, 2))
+            total = counted if total is None else total + counted
+        assert total is not None
+        return total
+
+
+def _seeds(x: Tensor, K: int, *, far: bool) -> Tensor:
+    """K items of each image, far from one another or just random: (B, D, C) -> (B, K, C)."""
+    B, D, _ = x.shape
+    images = torch.arange(B, device=x.device)
+    seeds = x[images, torch.randint(D, (B,), device=x.device)].unsqueeze(1)
+    distance = (x - seeds).square().sum(-1)
+    for _ in range(1, K):
+        cumulative = (distance if far else torch.ones_like(distance)).cumsum(-1)
+        target = torch.rand(B, 1, dtype=x.dtype, device=x.device) * cumulative[:, -1:]
+        chosen = torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_max(D - 1)
+        seed = x[images, chosen].unsqueeze(1)
+        seeds = torch.cat([seeds, seed], 1)
+        distance = torch.minimum(distance, (x - seed).square().sum(-1))
+    return seeds
+
+
+def _nearest(x: Tensor, seeds: Tensor) -> Tensor:
+    """γ (B, K, D) of one for the nearest seed and zero for the others."""
+    nearest = torch.cdist(x, seeds).argmin(-1)
+    return F.one_hot(nearest, seeds.shape[1]).to(x.dtype).transpose(-1, -2)

@@ -1,0 +1,326 @@
+"""Likelihoods whose maximum is a matter of matching means, which is what classical EM lives on."""
+
+import math
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pnem.models.errors import ModelError
+from pnem.models.likelihoods import ExponentialFamily, finite_logit
+
+__all__ = ["Binomial", "Categorical", "MultivariateNormal", "Poisson"]
+
+
+class Poisson(ExponentialFamily):
+    """Counts 0, 1, 2, ...; ψ are log rates, P = C.
+
+    >>> Poisson().log_prob(torch.ones(1, 1), torch.zeros(1, 1))
+    tensor([-1.])
+    """
+
+    def distribution(self, psi: Tensor) -> dist.TorchDistribution:  # noqa: D102
+        return dist.Poisson(psi.exp(), validate_args=False).to_event(1)
+
+    def statistics(self, x: Tensor) -> Tensor:  # noqa: D102
+        return x
+
+    def natural(self, psi: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return psi, psi.exp().sum(-1)
+
+    def log_base_measure(self, x: Tensor) -> Tensor:  # noqa: D102
+        return -torch.lgamma(x + 1).sum(-1)
+
+    def match(self, mean: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
+        return mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
+
+    def mean(self, psi: Tensor) -> Tensor:  # noqa: D102
+        return psi.exp()
+
+    def score(self, x: Tensor, mean: Tensor) -> Tensor:  # noqa: D102
+        return x - mean
+
+    def saturated_log_prob(self, x: Tensor) -> Tensor:  # noqa: D102
+        return (torch.xlogy(x, x) - x).sum(-1) + self.log_base_measure(x)
+
+    def check(self, x: Tensor) -> None:  # noqa: D102
+        _require_counts(x, "Poisson")
+
+
+class Binomial(ExponentialFamily):
+    """Counts of successes among `trials`; ψ are logits, P = C.
+
+    Raises:
+        ModelError: trials < 1.
+
+    >>> Binomial(3).log_prob(torch.ones(1, 1), torch.zeros(1, 1)).exp()
+    tensor([0.3750])
+    """
+
+    def __init__(self, trials: int):
+        super().__init__()
+        if trials < 1:
+            raise ModelError(f"trials must be at least 1, but is {trials}")
+        self.trials = trials
+
+    def distribution(self, psi: Tensor) -> dist.TorchDistribution:  # noqa: D102
+        return dist.Binomial(self.trials, logits=psi, validate_args=False).to_event(1)
+
+    def statistics(self, x: Tensor) -> Tensor:  # noqa: D102
+        return x
+
+    def natural(self, psi: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return psi, self.trials * F.softplus(psi).sum(-1)
+
+    def log_base_measure(self, x: Tensor) -> Tensor:  # noqa: D102
+        n = torch.as_tensor(float(self.trials), dtype=x.dtype, device=x.device)
+        return (torch.lgamma(n + 1) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)).sum(-1)
+
+    def match(self, mean: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
+        return finite_logit(mean / self.trials)
+
+    def mean(self, psi: Tensor) -> Tensor:  # noqa: D102
+        return self.trials * psi.sigmoid()
+
+    def score(self, x: Tensor, mean: Tensor) -> Tensor:  # noqa: D102
+        return x - mean
+
+    def saturated_log_prob(self, x: Tensor) -> Tensor:  # noqa: D102
+        p = x / self.trials
+        return (torch.xlogy(x, p) + torch.xlogy(self.trials - x, 1 - p)).sum(-1) + self.log_base_measure(x)
+
+    def check(self, x: Tensor) -> None:  # noqa: D102
+        _require_counts(x, "binomial", self.trials)
+
+
+class Categorical(ExponentialFamily):
+    """Categories 0, ..., S − 1 in every channel; ψ are unnormalised log-probabilities, P = C · S, channel by channel.
+
+    Raises:
+        ModelError: fewer than two categories.
+
+    >>> Categorical(4).log_prob(torch.ones(1, 1), torch.zeros(1, 4)).exp()
+    tensor([0.2500])
+    """
+
+    def __init__(self, categories: int):
+        super().__init__()
+        if categories < 2:
+            raise ModelError(f"categories must be at least 2, but is {categories}")
+        self.categories = categories
+
+    def num_parameters(self, channels: int) -> int:  # noqa: D102
+        return channels * self.categories
+
+    def num_channels(self, parameters: int) -> int:  # noqa: D102
+        channels, rest = divmod(parameters, self.categories)
+        if rest:
+            raise ModelError(
+                f"a Categorical over {self.categories} categories needs a multiple of {self.categories} parameters "
+                f"a pixel, but the decoder gives {parameters}"
+            )
+        return channels
+
+    def distribution(self, psi: Tensor) -> dist.TorchDistribution:  # noqa: D102
+        return dist.Categorical(logits=psi.unflatten(-1, (-1, self.categories)), validate_args=False).to_event(1)
+
+    def statistics(self, x: Tensor) -> Tensor:  # noqa: D102
+        codes = torch.arange(self.categories, device=x.device, dtype=x.dtype)
+        return (x.unsqueeze(-1) == codes).to(x.dtype).flatten(-2)
+
+    def natural(self, psi: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        eta = psi.unflatten(-1, (-1, self.categories)).log_softmax(-1).flatten(-2)
+        return eta, psi.new_zeros(psi.shape[:-1])
+
+    def match(self, mean: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
+        return mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
+
+    def mean(self, psi: Tensor) -> Tensor:
+        """The most probable category: (..., D, P) -> (..., D, C)."""
+        return psi.unflatten(-1, (-1, self.categories)).argmax(-1).to(psi.dtype)
+
+    def saturated_log_prob(self, x: Tensor) -> Tensor:  # noqa: D102
+        return x.new_zeros(x.shape[:-1])
+
+    def check(self, x: Tensor) -> None:  # noqa: D102
+        _require_counts(x, "categorical", self.categories - 1)
+
+
+class MultivariateNormal(ExponentialFamily):
+    r"""Normal channels with a covariance of their own in every component.
+
+    ψ holds the mean μ (C numbers) and the scale: ``"spherical"``: log σ; ``"diagonal"``: log σ_c for every channel;
+    ``"full"``: the lower triangle, row by row, of L with Σ = L Lᵀ, its diagonal as logarithms; ``"tied"``: the same,
+    with one Σ for all components.
+
+    Args:
+        covariance: which of these.
+        floor: added to the variances that `match` finds, so that no component collapses onto a point.
+
+    Raises:
+        ModelError: an unknown covariance, or a negative floor.
+
+    >>> MultivariateNormal("full").num_parameters(3)
+    9
+    """
+
+    def __init__(self, covariance: str = "full", *, floor: float = 1e-6):
+        super().__init__()
+        if covariance not in ("spherical", "diagonal", "full", "tied"):
+            raise ModelError(f'covariance must be "spherical", "diagonal", "full" or "tied", but is {covariance!r}')
+        if not 0 <= floor < math.inf:
+            raise ModelError(f"floor must be a finite variance of at least 0, but is {floor}")
+        self.covariance = covariance
+        self.floor = floor
+
+    @property
+    def _triangular(self) -> bool:
+        return self.covariance in ("full", "tied")
+
+    def num_parameters(self, channels: int) -> int:  # noqa: D102
+        return channels + {"spherical": 1, "diagonal": channels}.get(self.covariance, channels * (channels + 1) // 2)
+
+    def num_channels(self, parameters: int) -> int:  # noqa: D102
+        channels = 1
+        while self.num_parameters(channels) < parameters:
+            channels += 1
+        if self.num_parameters(channels) != parameters:
+            raise ModelError(
+                f"a {self.covariance} normal cannot have {parameters} parameters: for C channels it has "
+                f"{self.num_parameters(1)}, {self.num_parameters(2)}, {self.num_parameters(3)}, ..."
+            )
+        return channels
+
+    def moments(self, psi: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean (..., C), and L (..., C, C) with Σ = L Lᵀ."""
+        C = self.num_channels(psi.shape[-1])
+        mean, scale = psi[..., :C], psi[..., C:]
+        if not self._triangular:
+            return mean, torch.diag_embed(scale.exp().expand(*scale.shape[:-1], C))
+        rows, columns = torch.tril_indices(C, C, device=psi.device)
+        lower = psi.new_zeros(*psi.shape[:-1], C, C)
+        lower[..., rows, columns] = torch.where(rows == columns, scale.exp(), scale)
+        return mean, lower
+
+    def psi(self, mean: Tensor, covariance: Tensor) -> Tensor:
+        """ψ for a mean (..., C) and a covariance matrix (..., C, C), of which only what ψ can hold is used.
+
+        Raises:
+            ModelError: a covariance is not positive definite.
+        """
+        C = mean.shape[-1]
+        if not self._triangular:
+            variance = covariance.diagonal(dim1=-2, dim2=-1)
+            if self.covariance == "spherical":
+                variance = variance.mean(-1, keepdim=True)
+            _require_positive(bool((variance > 0).all()))
+            return torch.cat([mean, 0.5 * variance.log()], -1)
+        lower, info = torch.linalg.cholesky_ex(covariance)
+        _require_positive(not bool(info.any()))
+        rows, columns = torch.tril_indices(C, C, device=mean.device)
+        scale = lower[..., rows, columns]
+        return torch.cat([mean, torch.where(rows == columns, scale.clamp_min(0).log(), scale)], -1)
+
+    def distribution(self, psi: Tensor) -> dist.TorchDistribution:  # noqa: D102
+        mean, lower = self.moments(psi)
+        return dist.MultivariateNormal(mean, scale_tril=lower, validate_args=False)
+
+    def log_probs(self, xs: Sequence[Tensor], psi: Tensor) -> list[Tensor]:  # noqa: D102
+        # By whitening, which loses no digits where the mean is large against the scale.
+        C = self.num_channels(psi.shape[-1])
+        mean, lower = self.moments(psi)
+        log_determinant = lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        results = []
+        for x in xs:
+            difference = (x - mean).unsqueeze(-1)
+            white = torch.linalg.solve_triangular(lower, difference, upper=False).squeeze(-1)
+            results.append(-0.5 * (white.square().sum(-1) + C * math.log(2 * math.pi)) - log_determinant)
+        return results
+
+    def statistics(self, x: Tensor) -> Tensor:
+        """[x, x xᵀ]: of the latter the squares, their sum, or the lower triangle, as the covariance needs it."""
+        if self.covariance == "spherical":
+            return torch.cat([x, x.square().sum(-1, keepdim=True)], -1)
+        if self.covariance == "diagonal":
+            return torch.cat([x, x.square()], -1)
+        rows, columns = torch.tril_indices(x.shape[-1], x.shape[-1], device=x.device)
+        return torch.cat([x, x[..., rows] * x[..., columns]], -1)
+
+    def natural(self, psi: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        mean, lower = self.moments(psi)
+        C = mean.shape[-1]
+        precision = torch.cholesky_inverse(lower)
+        linear = (precision @ mean.unsqueeze(-1)).squeeze(-1)
+        if self.covariance == "spherical":
+            quadratic = -0.5 * precision[..., :1, 0]
+        elif self.covariance == "diagonal":
+            quadratic = -0.5 * precision.diagonal(dim1=-2, dim2=-1)
+        else:
+            rows, columns = torch.tril_indices(C, C, device=psi.device)
+            # Every entry off the diagonal stands for two.
+            quadratic = precision[..., rows, columns] * torch.where(rows == columns, -0.5, -1.0).to(psi.dtype)
+        log_partition = (
+            0.5 * (linear * mean).sum(-1)
+            + lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            + 0.5 * C * math.log(2 * math.pi)
+        )
+        return torch.cat([linear, quadratic], -1), log_partition
+
+    def match(self, mean: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
+        # S = C + (1, C or C (C + 1) / 2), as P.
+        C = self.num_channels(mean.shape[-1])
+        first, second = mean[..., :C], mean[..., C:]
+        if self.covariance == "spherical":
+            variance = (second - first.square().sum(-1, keepdim=True)) / C
+            return torch.cat([first, 0.5 * self._floored(variance).log()], -1)
+        if self.covariance == "diagonal":
+            return torch.cat([first, 0.5 * self._floored(second - first.square()).log()], -1)
+        rows, columns = torch.tril_indices(C, C, device=mean.device)
+        entries = second - first[..., rows] * first[..., columns]
+        if self.covariance == "tied":
+            share = weight / weight.sum(-1, keepdim=True)
+            entries = (share.unsqueeze(-1) * entries).sum(-2, keepdim=True).expand_as(entries)
+        matrix = entries.new_zeros(*entries.shape[:-1], C, C)
+        matrix[..., rows, columns] = entries
+        matrix = matrix.tril(-1).transpose(-1, -2) + matrix.tril()
+        return self.psi(first, matrix + self.floor * torch.eye(C, dtype=mean.dtype, device=mean.device))
+
+    def origin(self, x: Tensor) -> Tensor:
+        """The median, which one far item cannot move."""
+        return x.median(-2, keepdim=True).values
+
+    def translate(self, psi: Tensor, shift: Tensor) -> Tensor:  # noqa: D102
+        C = self.num_channels(psi.shape[-1])
+        return torch.cat([psi[..., :C] + shift, psi[..., C:]], -1)
+
+    def _floored(self, variance: Tensor) -> Tensor:
+        variance = variance.clamp_min(0) + self.floor
+        _require_positive(bool((variance > 0).all()))
+        return variance
+
+    def mean(self, psi: Tensor) -> Tensor:  # noqa: D102
+        return psi[..., : self.num_channels(psi.shape[-1])]
+
+    def saturated_log_prob(self, x: Tensor) -> Tensor:
+        """Infinite: a normal of free variance at x has unbounded density there."""
+        return x.new_full(x.shape[:-1], math.inf)
+
+
+def _require_positive(positive: bool) -> None:
+    if not positive:
+        raise ModelError(
+            "a component's covariance is not positive definite, as when its items are equal or lie in a plane: use a "
+            "larger floor, fewer components, or a simpler covariance"
+        )
+
+
+def _require_counts(x: Tensor, name: str, largest: int | None = None) -> None:
+    whole = bool(((x >= 0) & (x == x.round())).all())
+    if not whole or (largest is not None and bool((x > largest).any())):
+        upper = "" if largest is None else f" up to {largest}"
+        raise ModelError(
+            f"{name} pixels must be whole numbers from 0{upper}, but x goes from {x.min():.4g} to {x.max():.4g}"
+            + ("" if whole else ", not all of them whole and non-negative")
+        )
