@@ -71,20 +71,22 @@ class ClassicalEM(Strategy):
         return self._maximise(state.gamma, x_in).theta[0]
 
     def step(self, state: State, x_in: Tensor, x: Tensor) -> State:  # noqa: D102
-        return self._state(self._maximise(state.gamma, x_in), x)
+        return self._state(self._maximise(state.gamma, x_in), self._items(x))
+
+    def _items(self, x: Tensor, weight: Tensor | None = None) -> "_Items":
+        return _Items(self.rule(self.model, x), x, weight)
 
     def _maximise(self, gamma: Tensor, x: Tensor) -> Parameters:
-        rule = self.rule(self.model, x)
-        return rule.maximise(rule.count(rule.prepare(x), gamma.transpose(-1, -2).unsqueeze(-2)))
+        items = self._items(x)
+        return items.rule.maximise(items.count(gamma.unsqueeze(0)))
 
-    def _state(self, parameters: Parameters, x: Tensor) -> State:
-        """The E-step at parameters of a single start."""
+    def _state(self, parameters: Parameters, items: "_Items") -> State:
+        """The E-step at the parameters of a single start."""
         theta, log_mixing = parameters.theta[0], parameters.log_mixing[0]
         psi = self.model.decode(theta)
-        rule = self.rule(self.model, x)
-        log_joint = rule.log_joint(parameters, rule.prepare(x)).squeeze(-2).transpose(-1, -2)
+        log_joint = items.log_joint(parameters)
         mean = self.model.likelihood.mean(psi)
-        D = x.shape[-2]
+        D = log_joint.shape[-1]
         return State(
             theta,
             mean.expand(*mean.shape[:-2], D, mean.shape[-1]),
@@ -131,17 +133,16 @@ class ClassicalEM(Strategy):
         self._check(x, restarts, iterations, gamma, theta, weight)
         if keep_trace:
             raise StrategyError("classical EM keeps no trace: leave keep_trace out")
-        rule = self.rule(self.model, x)
         with torch.no_grad():
-            items = _Items(rule, x, weight)
-            parameters = self._start(rule, items, x, restarts, gamma, theta)
+            items = self._items(x, weight)
+            parameters = self._start(items, x, restarts, gamma, theta)
             count = x.shape[-2] if weight is None else weight.sum(-1)
             evidence: list[Tensor] = []
             rise = torch.full((), torch.inf)
             while len(evidence) < iterations and bool((rise >= self.tol).any()):
                 expectation = items.expect(parameters)
                 evidence.append(expectation.evidence)
-                parameters = rule.maximise(expectation.statistics)
+                parameters = items.rule.maximise(expectation.statistics)
                 if len(evidence) > 1:
                     rise = (evidence[-1] - evidence[-2]) / count
             if bool((rise >= self.tol).any()):
@@ -151,7 +152,7 @@ class ClassicalEM(Strategy):
                     ConvergenceWarning,
                     stacklevel=2,
                 )
-            return self._posterior(parameters, torch.stack(evidence), x)
+            return self._posterior(parameters, torch.stack(evidence), items)
 
     def _check(
         self,
@@ -176,7 +177,7 @@ class ClassicalEM(Strategy):
             raise StrategyError("weights must be finite, at least 0 and not all 0")
 
     def _start(
-        self, rule: MStep, items: "_Items", x: Tensor, restarts: int, gamma: Tensor | None, theta: Tensor | None
+        self, items: "_Items", x: Tensor, restarts: int, gamma: Tensor | None, theta: Tensor | None
     ) -> Parameters:
         B, D, K = len(x), x.shape[-2], self.model.num_components
         if theta is not None:
@@ -190,19 +191,19 @@ class ClassicalEM(Strategy):
             weighted = torch.stack(
                 [_nearest(x, _seeds(x, K, far=self.initial == "k-means++")) for _ in range(restarts)]
             )
-        return rule.maximise(items.count(weighted))
+        return items.rule.maximise(items.count(weighted))
 
-    def _posterior(self, parameters: Parameters, evidence: Tensor, x: Tensor) -> Posterior:
+    def _posterior(self, parameters: Parameters, evidence: Tensor, items: "_Items") -> Posterior:
         """The best start of each image: evidence (T, R, B)."""
-        B = len(x)
+        B = evidence.shape[-1]
         # Starts that share mixing weights between images stand or fall together.
         final = (
             evidence[-1].sum(-1, keepdim=True).expand(-1, B) if self.model.mixing_kind == "learned" else evidence[-1]
         )
-        best, images = final.argmax(0), torch.arange(B, device=x.device)
+        best, images = final.argmax(0), torch.arange(B, device=evidence.device)
         chosen = Parameters(*(value[best, images].unsqueeze(0) for value in parameters))
         self.model.set_log_mixing(chosen.log_mixing[0])
-        return Posterior.from_states([self._state(chosen, x)], evidence[:, best, images], keep_trace=False)
+        return Posterior.from_states([self._state(chosen, items)], evidence[:, best, images], keep_trace=False)
 
 
 class _Items:
@@ -219,9 +220,15 @@ class _Items:
     def __iter__(self) -> Iterator[Tensor]:
         yield from self.prepared or map(self.rule.prepare, self.x)
 
+    def log_joint(self, parameters: Parameters) -> Tensor:
+        """log p(x_i, z_i = k | θ, π) of all items at a single start's parameters: (B, K, D)."""
+        log_joint_of = self.rule.score(parameters)
+        return torch.cat([log_joint_of(prepared).squeeze(-2) for prepared in self], 1).transpose(-1, -2)
+
     def expect(self, parameters: Parameters) -> Expectation:
         """The E-step on all items."""
-        parts = (self.rule.expect(parameters, *piece) for piece in zip(self, self.weight, strict=True))
+        log_joint_of = self.rule.score(parameters)
+        parts = (self.rule.expect(log_joint_of, *piece) for piece in zip(self, self.weight, strict=True))
         return functools.reduce(operator.add, parts)
 
     def count(self, gamma: Tensor) -> Tensor:

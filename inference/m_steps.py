@@ -46,12 +46,12 @@ class MStep(ABC):
         """What is computed once for items x (B, D, C): -> (B, D, anything)."""
 
     @abstractmethod
-    def log_joint(self, parameters: Parameters, prepared: Tensor) -> Tensor:
-        """log p(x_i, z_i = k | θ, π) of prepared items: (B, D, R, K)."""
+    def score(self, parameters: Parameters) -> Callable[[Tensor], Tensor]:
+        """The function from prepared items to log p(x_i, z_i = k | θ, π), (B, D, R, K), at these parameters."""
 
-    def expect(self, parameters: Parameters, prepared: Tensor, weight: Tensor | None) -> Expectation:
+    def expect(self, log_joint_of: Callable[[Tensor], Tensor], prepared: Tensor, weight: Tensor | None) -> Expectation:
         """The E-step on prepared items, each counted `weight` (B, D) times."""
-        log_joint = self.log_joint(parameters, prepared)
+        log_joint = log_joint_of(prepared)
         log_evidence = log_joint.logsumexp(-1)
         gamma = log_joint.sub_(log_evidence.unsqueeze(-1)).exp_()
         if weight is not None:
@@ -102,7 +102,7 @@ def find_m_step(model: SpatialMixture) -> type[MStep]:
     )
 
 
-@register_m_step(decoders.Constant, ExponentialFamily)
+@register_m_step(decoders.Constant, ExponentialFamily)  # type: ignore[type-abstract]
 class MatchMoments(MStep):
     """The M-step of every exponential family: match the γ-weighted mean of T(x).
 
@@ -120,13 +120,14 @@ class MatchMoments(MStep):
         base = self.family.log_base_measure(x).unsqueeze(-1)
         return torch.cat([self.family.statistics(x), torch.ones_like(base), base], -1)
 
-    def log_joint(self, parameters: Parameters, prepared: Tensor) -> Tensor:
+    def score(self, parameters: Parameters) -> Callable[[Tensor], Tensor]:
         R, _, K, _ = parameters.theta.shape
         eta, log_partition = self.family.natural(self.family.translate(parameters.theta, -self.origin))
         constant = (parameters.log_mixing - log_partition).unsqueeze(-1)
         # [η, log π − A, 1] against [T(x), 1, log h(x)].
         coefficients = torch.cat([eta, constant, torch.ones_like(constant)], -1).transpose(0, 1).flatten(1, 2)
-        return (prepared @ coefficients.transpose(-1, -2)).unflatten(-1, (R, K))
+        coefficients = coefficients.transpose(-1, -2).contiguous()
+        return lambda prepared: (prepared @ coefficients).unflatten(-1, (R, K))
 
     def count(self, prepared: Tensor, gamma: Tensor) -> Tensor:
         statistics = gamma.flatten(-2).transpose(-1, -2) @ prepared[..., :-1]

@@ -245,8 +245,8 @@ class MultivariateNormal(ExponentialFamily):
             return torch.cat([x, x.square().sum(-1, keepdim=True)], -1)
         if self.covariance == "diagonal":
             return torch.cat([x, x.square()], -1)
-        rows, columns = torch.tril_indices(x.shape[-1], x.shape[-1], device=x.device)
-        return torch.cat([x, x[..., rows] * x[..., columns]], -1)
+        products = [x[..., : c + 1] * x[..., c : c + 1] for c in range(x.shape[-1])]
+        return torch.cat([x, *products], -1)
 
     def natural(self, psi: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         mean, lower = self.moments(psi)
