@@ -19,7 +19,7 @@ from pnem.callbacks import BestCheckpoint, History, Patience, ProgressBar, SafeC
 from pnem.data import ImageDataset
 from pnem.devices import PRECISIONS, forked_rng, resolve_device
 from pnem.errors import DataError, RunError
-from pnem.inference import ELBO, Objective, Strategy
+from pnem.inference import ELBO, ClassicalEM, Objective, Strategy
 from pnem.loading import Splits, batches, open_splits
 from pnem.models import SpatialMixture
 from pnem.run import Run
@@ -59,12 +59,15 @@ def fit(
 
     Raises:
         DataError: the data do not fit the model, or hold fewer images than a batch.
-        RunError: `out` exists (without `resume`), is corrupt, or belongs to another model; or the loss is not finite.
+        RunError: `out` exists (without `resume`), is corrupt, or belongs to another model; the strategy has nothing
+            to train; or the loss is not finite.
         DeviceError: no such device or precision.
         KeyboardInterrupt: with `out`, the message says how to resume; nothing up to the last epoch is lost.
     """
     if strategy.model is not model:
         raise RunError("the strategy was built on another model than the one given to fit: build it on this one")
+    if isinstance(strategy, ClassicalEM):
+        raise RunError("classical EM has nothing to train: give the items to strategy.infer(x), which fits them")
     training = _training_settings(settings)
     device = resolve_device(training.device)
     objective = ELBO("ramp") if objective is None else objective

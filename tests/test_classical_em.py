@@ -15,7 +15,8 @@ from pyro.infer import TraceEnum_ELBO
 from scipy.special import comb
 from sklearn.mixture import GaussianMixture
 
-from pnem.errors import ModelError, StrategyError
+import pnem
+from pnem.errors import ModelError, RunError, StrategyError
 from pnem.inference import ClassicalEM, ConvergenceWarning, MStep, register_m_step
 from pnem.models import (
     Bernoulli,
@@ -286,6 +287,12 @@ def test_parts_without_a_rule_name_strategies_that_work():
     owned = SpatialMixture(decoders.Constant(2), Bernoulli(), 2, pixel_prior=0.0)
     with pytest.raises(StrategyError, match="ownership"):
         ClassicalEM(owned)
+
+
+def test_fit_says_that_there_is_nothing_to_train():
+    model = mixture(Bernoulli(), C=1)
+    with pytest.raises(RunError, match=r"strategy\.infer"):
+        pnem.fit(model, ClassicalEM(model), {})
 
 
 BAD = {
