@@ -120,10 +120,14 @@ class ClassicalEM(Strategy):
             theta: initial θ (B, K, M), at the model's mixing weights, in place of `initial`.
             weight: how often each item counts, (B, D).
 
+        Returns:
+            The posterior at the parameters of the last M-step; its `elbo_trace` is the evidence, with items counted by
+            their weights, that each E-step saw.
+
         Raises:
             ModelError: `x` does not fit the model.
             StrategyError: restarts or iterations < 1, restarts > 1 from a given start, or a start or weights of the
-                wrong shape.
+                wrong shape, or no items.
 
         Warns:
             ConvergenceWarning: the evidence was still rising by more than tol after the last iteration.
@@ -164,7 +168,7 @@ class ClassicalEM(Strategy):
         weight: Tensor | None,
     ) -> None:
         B, D, K, M = len(x), x.shape[-2], self.model.num_components, self.model.latent_features
-        for name, number in (("restarts", restarts), ("iterations", iterations)):
+        for name, number in (("restarts", restarts), ("iterations", iterations), ("the number of items", D)):
             if number < 1:
                 raise StrategyError(f"{name} must be at least 1, but is {number}")
         given = {"gamma": (gamma, (B, K, D)), "theta": (theta, (B, K, M)), "weight": (weight, (B, D))}

@@ -52,8 +52,12 @@ class MStep(ABC):
     def expect(self, log_joint_of: Callable[[Tensor], Tensor], prepared: Tensor, weight: Tensor | None) -> Expectation:
         """The E-step on prepared items, each counted `weight` (B, D) times."""
         log_joint = log_joint_of(prepared)
-        log_evidence = log_joint.logsumexp(-1)
-        gamma = log_joint.sub_(log_evidence.unsqueeze(-1)).exp_()
+        # logsumexp and softmax in one, with a single exponential.
+        largest = log_joint.amax(-1, keepdim=True)
+        gamma = log_joint.sub_(largest).exp_()
+        total = gamma.sum(-1, keepdim=True)
+        gamma = gamma.div_(total)
+        log_evidence = (largest + total.log_()).squeeze(-1)
         if weight is not None:
             gamma = gamma * weight[..., None, None]
             log_evidence = log_evidence * weight.unsqueeze(-1)

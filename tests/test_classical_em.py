@@ -298,6 +298,7 @@ def test_fit_says_that_there_is_nothing_to_train():
 BAD = {
     "a rank": (torch.zeros(5, 2), {}, r"needs \(B, D, C=2\)"),
     "channels": (torch.zeros(1, 5, 3), {}, r"C=2"),
+    "nothing": (torch.zeros(1, 0, 2), {}, "the number of items must be at least 1"),
     "infinity": (torch.full((1, 5, 2), torch.inf), {}, "NaN or infinite"),
     "weights below zero": (torch.zeros(1, 5, 2), {"weight": -torch.ones(1, 5)}, "weights must be"),
     "weights of zero": (torch.zeros(1, 5, 2), {"weight": torch.zeros(1, 5)}, "weights must be"),
