@@ -74,27 +74,23 @@ class ClassicalEM(Strategy):
         return self._state(self._maximise(state.gamma, x_in), self._items(x))
 
     def _items(self, x: Tensor, weight: Tensor | None = None) -> "_Items":
-        return _Items(self.rule(self.model, x), x, weight)
+        # Single precision cannot hold the second moments of clusters that are far apart.
+        x = x.double()
+        return _Items(self.rule(self.model, x), x, None if weight is None else weight.double())
 
     def _maximise(self, gamma: Tensor, x: Tensor) -> Parameters:
         items = self._items(x)
-        return items.rule.maximise(items.count(gamma.unsqueeze(0)))
+        return items.rule.maximise(items.count(gamma.double().unsqueeze(0)))
 
     def _state(self, parameters: Parameters, items: "_Items") -> State:
-        """The E-step at the parameters of a single start."""
+        """The E-step at the parameters of a single start, in the model's precision."""
         theta, log_mixing = parameters.theta[0], parameters.log_mixing[0]
-        psi = self.model.decode(theta)
         log_joint = items.log_joint(parameters)
+        psi = self.model.decode(theta)
         mean = self.model.likelihood.mean(psi)
-        D = log_joint.shape[-1]
-        return State(
-            theta,
-            mean.expand(*mean.shape[:-2], D, mean.shape[-1]),
-            psi.expand(*psi.shape[:-2], D, psi.shape[-1]),
-            log_joint.softmax(-2),
-            log_joint,
-            log_mixing,
-        )
+        mean, psi = (value.expand(*value.shape[:-2], log_joint.shape[-1], value.shape[-1]) for value in (mean, psi))
+        state = State(theta, mean, psi, log_joint.softmax(-2), log_joint, log_mixing)
+        return State(*(value.to(self.model.mixing_logits.dtype) for value in state))
 
     def infer(
         self,
@@ -139,7 +135,7 @@ class ClassicalEM(Strategy):
             raise StrategyError("classical EM keeps no trace: leave keep_trace out")
         with torch.no_grad():
             items = self._items(x, weight)
-            parameters = self._start(items, x, restarts, gamma, theta)
+            parameters = self._start(items, x.double(), restarts, gamma, theta, weight)
             count = x.shape[-2] if weight is None else weight.sum(-1)
             evidence: list[Tensor] = []
             rise = torch.full((), torch.inf)
@@ -149,14 +145,18 @@ class ClassicalEM(Strategy):
                 parameters = items.rule.maximise(expectation.statistics)
                 if len(evidence) > 1:
                     rise = (evidence[-1] - evidence[-2]) / count
-            if bool((rise >= self.tol).any()):
-                warnings.warn(
-                    f"after {iterations} iterations the evidence still rises by {rise.max().item():.2g} nats per item "
-                    f"(tol={self.tol:.2g}): allow more iterations, or a larger tol",
-                    ConvergenceWarning,
-                    stacklevel=2,
-                )
+            if bool((rise > self.tol).any()):
+                self._warn(iterations, rise.max().item())
             return self._posterior(parameters, torch.stack(evidence), items)
+
+    def _warn(self, iterations: int, rise: float) -> None:
+        so_far = f"still rises by {rise:.2g} nats per item" if iterations > 1 else "was seen only once"
+        warnings.warn(
+            f"after {iterations} iterations the evidence {so_far} (tol={self.tol:.2g}): allow more iterations, or a "
+            "larger tol",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
 
     def _check(
         self,
@@ -168,33 +168,43 @@ class ClassicalEM(Strategy):
         weight: Tensor | None,
     ) -> None:
         B, D, K, M = len(x), x.shape[-2], self.model.num_components, self.model.latent_features
-        for name, number in (("restarts", restarts), ("iterations", iterations), ("the number of items", D)):
+        for name, number in (("restarts", restarts), ("iterations", iterations), ("the number of items", B * D)):
             if number < 1:
                 raise StrategyError(f"{name} must be at least 1, but is {number}")
         given = {"gamma": (gamma, (B, K, D)), "theta": (theta, (B, K, M)), "weight": (weight, (B, D))}
         for name, (value, shape) in given.items():
             if value is not None and value.shape != shape:
                 raise StrategyError(f"{name} has shape {tuple(value.shape)}, but these images need {shape}")
+            if value is not None and not bool(value.isfinite().all()):
+                raise StrategyError(f"{name} holds values that are NaN or infinite")
+        if gamma is not None and not bool((gamma >= 0).all() & (gamma.sum((-1, -2)) > 0).all()):
+            raise StrategyError("gamma must be at least 0 and not all 0")
         if restarts > 1 and not (gamma is None and theta is None):
             raise StrategyError("restarts from a given start would all be the same: leave it out, or restarts at 1")
-        if weight is not None and not bool((weight >= 0).all() & weight.isfinite().all() & (weight.sum(-1) > 0).all()):
-            raise StrategyError("weights must be finite, at least 0 and not all 0")
+        if weight is not None and not bool((weight >= 0).all() & (weight.sum(-1) > 0).all()):
+            raise StrategyError("weights must be at least 0 and not all 0")
 
     def _start(
-        self, items: "_Items", x: Tensor, restarts: int, gamma: Tensor | None, theta: Tensor | None
+        self,
+        items: "_Items",
+        x: Tensor,
+        restarts: int,
+        gamma: Tensor | None,
+        theta: Tensor | None,
+        weight: Tensor | None,
     ) -> Parameters:
         B, D, K = len(x), x.shape[-2], self.model.num_components
         if theta is not None:
-            return Parameters(theta.unsqueeze(0), self.model.log_mixing.expand(1, B, K))
+            return Parameters(theta.double().unsqueeze(0), self.model.log_mixing.double().expand(1, B, K))
         if gamma is not None:
-            weighted = gamma.unsqueeze(0)
+            weighted = gamma.double().unsqueeze(0)
         elif self.initial == "random":
             weighted = x.new_empty(restarts, B, K, D).normal_().abs_()
             weighted /= weighted.sum(-2, keepdim=True)
         else:
-            weighted = torch.stack(
-                [_nearest(x, _seeds(x, K, far=self.initial == "k-means++")) for _ in range(restarts)]
-            )
+            chance = x.new_ones(B, D) if weight is None else weight.double()
+            far = self.initial == "k-means++"
+            weighted = torch.stack([_nearest(x, _seeds(x, chance, K, far=far)) for _ in range(restarts)])
         return items.rule.maximise(items.count(weighted))
 
     def _posterior(self, parameters: Parameters, evidence: Tensor, items: "_Items") -> Posterior:
@@ -207,7 +217,8 @@ class ClassicalEM(Strategy):
         best, images = final.argmax(0), torch.arange(B, device=evidence.device)
         chosen = Parameters(*(value[best, images].unsqueeze(0) for value in parameters))
         self.model.set_log_mixing(chosen.log_mixing[0])
-        return Posterior.from_states([self._state(chosen, items)], evidence[:, best, images], keep_trace=False)
+        state = self._state(chosen, items)
+        return Posterior.from_states([state], evidence[:, best, images].to(state.gamma.dtype), keep_trace=False)
 
 
 class _Items:
@@ -246,23 +257,27 @@ class _Items:
         return total
 
 
-def _seeds(x: Tensor, K: int, *, far: bool) -> Tensor:
-    """K items of each image, far from one another or just random: (B, D, C) -> (B, K, C)."""
-    B, D, _ = x.shape
-    images = torch.arange(B, device=x.device)
-    seeds = x[images, torch.randint(D, (B,), device=x.device)].unsqueeze(1)
+def _seeds(x: Tensor, weight: Tensor, K: int, *, far: bool) -> Tensor:
+    """K items of each image, by weight and, if `far`, far from one another: (B, D, C), (B, D) -> (B, K, C)."""
+    seeds = _draw(x, weight)
     distance = (x - seeds).square().sum(-1)
     for _ in range(1, K):
-        cumulative = (distance if far else torch.ones_like(distance)).cumsum(-1)
-        target = torch.rand(B, 1, dtype=x.dtype, device=x.device) * cumulative[:, -1:]
-        chosen = torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_max(D - 1)
-        seed = x[images, chosen].unsqueeze(1)
+        seed = _draw(x, weight * distance if far else weight)
         seeds = torch.cat([seeds, seed], 1)
         distance = torch.minimum(distance, (x - seed).square().sum(-1))
     return seeds
 
 
+def _draw(x: Tensor, chance: Tensor) -> Tensor:
+    """One item of each image, in proportion to its chance: (B, D, C), (B, D) -> (B, 1, C)."""
+    cumulative = chance.cumsum(-1)
+    target = torch.rand(len(x), 1, dtype=x.dtype, device=x.device) * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, target, right=True).clamp_max(x.shape[-2] - 1)
+    return x.gather(1, chosen.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
 def _nearest(x: Tensor, seeds: Tensor) -> Tensor:
     """γ (B, K, D) of one for the nearest seed and zero for the others."""
-    nearest = torch.cdist(x, seeds).argmin(-1)
+    # Relative to a seed, for distances between items far from zero would cancel.
+    nearest = torch.cdist(x - seeds[:, :1], seeds - seeds[:, :1]).argmin(-1)
     return F.one_hot(nearest, seeds.shape[1]).to(x.dtype).transpose(-1, -2)
