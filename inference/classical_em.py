@@ -14,6 +14,7 @@ from pnem.inference.m_steps import Expectation, MStep, Parameters, find_m_step
 from pnem.inference.posterior import Posterior, State
 from pnem.inference.strategy import Strategy
 from pnem.models import SpatialMixture
+from pnem.models.errors import ModelError
 
 __all__ = ["INITS", "ClassicalEM", "ConvergenceWarning"]
 
@@ -35,8 +36,9 @@ class ClassicalEM(Strategy):
 
         Q(θ, π) = Σ_i Σ_k γ_{k,i} log p(x_i, z_i = k | θ, π)
 
-    exactly, by the rule registered for the model's decoder, likelihood and prior (`register_m_step`), so that log
-    p(x | θ) never falls. θ and, where the model learns them, the mixing weights are fitted for the images at hand;
+    exactly, by the rule registered for the model's decoder and likelihood (`register_m_step`), so that log p(x | θ)
+    never falls (but for a floor of the likelihood, which can make it). θ and, where the model learns them, the mixing
+    weights are fitted for the images at hand;
     there is nothing to train.
 
     Args:
@@ -66,6 +68,10 @@ class ClassicalEM(Strategy):
         self.rule = find_m_step(model)
         self.tol = tol
         self.initial = initial
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The Pyro guide: fits images `x` (B, D, C), and with them the model's mixing weights; a Delta at θ."""
+        return self.guide_at(self.infer(x))()
 
     def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102
         return self._maximise(state.gamma, x_in).theta[0]
@@ -128,6 +134,9 @@ class ClassicalEM(Strategy):
         Warns:
             ConvergenceWarning: the evidence was still rising by more than tol after the last iteration.
         """
+        if self.model.mixing_kind == "per_image" and theta is None:
+            # Those of the images fitted before.
+            self.model.set_log_mixing(x.new_zeros(len(x), self.model.num_components))
         self.model.check(x)
         iterations = self.iterations if iterations is None else iterations
         self._check(x, restarts, iterations, gamma, theta, weight)
@@ -145,15 +154,22 @@ class ClassicalEM(Strategy):
                 parameters = items.rule.maximise(expectation.statistics)
                 if len(evidence) > 1:
                     rise = (evidence[-1] - evidence[-2]) / count
-            if bool((rise > self.tol).any()):
-                self._warn(iterations, rise.max().item())
+            self._warn(len(evidence), rise[rise.isfinite()])
             return self._posterior(parameters, torch.stack(evidence), items)
 
-    def _warn(self, iterations: int, rise: float) -> None:
-        so_far = f"still rises by {rise:.2g} nats per item" if iterations > 1 else "was seen only once"
+    def _warn(self, iterations: int, rise: Tensor) -> None:
+        """Warns unless the last rise of the evidence in nats per item, of every finite start, is within tol of zero."""
+        if iterations > 1 and bool((rise.abs() <= max(self.tol, 1e-9)).all()):
+            return
+        if iterations == 1:
+            change = "was seen only once"
+        elif bool((rise > self.tol).any()):
+            change = f"still rises by {rise.max().item():.2g} nats per item"
+        else:
+            change = f"fell by {-rise.min().item():.2g} nats per item, as a floor of the likelihood can make it"
         warnings.warn(
-            f"after {iterations} iterations the evidence {so_far} (tol={self.tol:.2g}): allow more iterations, or a "
-            "larger tol",
+            f"after {iterations} iterations the evidence {change} (tol={self.tol:.2g}): allow more iterations, or "
+            "change tol or the floor",
             ConvergenceWarning,
             stacklevel=3,
         )
@@ -214,6 +230,12 @@ class ClassicalEM(Strategy):
         final = (
             evidence[-1].sum(-1, keepdim=True).expand(-1, B) if self.model.mixing_kind == "learned" else evidence[-1]
         )
+        final = final.masked_fill(~final.isfinite(), -torch.inf)
+        if bool(final.amax(0).isinf().any()):
+            raise ModelError(
+                "no start kept a finite evidence: a component's covariance is not positive definite where its items "
+                "are equal or lie in a plane; use a larger floor, fewer components, or a simpler covariance"
+            )
         best, images = final.argmax(0), torch.arange(B, device=evidence.device)
         chosen = Parameters(*(value[best, images].unsqueeze(0) for value in parameters))
         self.model.set_log_mixing(chosen.log_mixing[0])

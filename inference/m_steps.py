@@ -73,16 +73,14 @@ class MStep(ABC):
 
 
 Rule = TypeVar("Rule", bound=type[MStep])
-_RULES: dict[tuple[type, type, str], type[MStep]] = {}
+_RULES: dict[tuple[type, type], type[MStep]] = {}
 
 
-def register_m_step(
-    decoder: type[decoders.Decoder], likelihood: type[Likelihood], prior: str = "flat"
-) -> Callable[[Rule], Rule]:
+def register_m_step(decoder: type[decoders.Decoder], likelihood: type[Likelihood]) -> Callable[[Rule], Rule]:
     """Registers the decorated `MStep` for models of these parts and their subclasses, as ``register_kl`` does."""
 
     def register(rule: Rule) -> Rule:
-        _RULES[decoder, likelihood, prior] = rule
+        _RULES[decoder, likelihood] = rule
         return rule
 
     return register
@@ -92,17 +90,20 @@ def find_m_step(model: SpatialMixture) -> type[MStep]:
     """The rule registered for the closest base classes of the model's parts.
 
     Raises:
-        StrategyError: there is none, or the model has an ownership term.
+        StrategyError: there is none, or the model has an ownership term or a prior on θ.
     """
-    parts = f"{type(model.decoder).__name__}, {type(model.likelihood).__name__} and a {model.prior} prior"
-    if model.owned:
-        raise StrategyError("no closed-form M-step for a model with ownership: use NEM or RNNEM, or pixel_prior=None")
+    if model.owned or model.prior != "flat":
+        raise StrategyError(
+            "no closed-form M-step for a model with ownership or a prior on θ: leave pixel_prior and prior out, or use "
+            "NEM or RNNEM with a neural decoder"
+        )
     for decoder in type(model.decoder).__mro__:
         for likelihood in type(model.likelihood).__mro__:
-            if (decoder, likelihood, model.prior) in _RULES:
-                return _RULES[decoder, likelihood, model.prior]
+            if (decoder, likelihood) in _RULES:
+                return _RULES[decoder, likelihood]
     raise StrategyError(
-        f"no closed-form M-step for {parts}: use NEM or RNNEM, or add one with pnem.inference.register_m_step"
+        f"no closed-form M-step for {type(model.decoder).__name__} and {type(model.likelihood).__name__}: use NEM or "
+        "RNNEM with a neural decoder, an exponential family with a constant one, or add a rule by register_m_step"
     )
 
 

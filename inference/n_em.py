@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pnem.inference.errors import StrategyError
 from pnem.inference.noise import Noise
 from pnem.inference.posterior import State
-from pnem.inference.strategy import Strategy
+from pnem.inference.strategy import Strategy, require_pixels
 from pnem.models import SpatialMixture
 
 __all__ = ["NEM"]
@@ -44,6 +44,7 @@ class NEM(Strategy):
         gamma_gradient: bool = True,
     ):
         super().__init__(model, iterations=iterations, noise=noise, e_step=e_step, gamma_gradient=gamma_gradient)
+        require_pixels(model, "NEM")
         if not 0 < step_size < math.inf:
             raise StrategyError(f"step_size must be positive and finite, but is {step_size}")
         self.log_step_size = nn.Parameter(torch.tensor(float(step_size)).log())

@@ -43,6 +43,7 @@ class Posterior(NamedTuple):
         mean: (B, K, D, C), each component's prediction.
         gamma: (B, K, D), responsibilities.
         log_evidence: (B,), log p(x | θ) in nats per image.
+        log_mixing: (B, K), log π.
         elbo_trace: (T, B), the strategy's ELBO after each iteration, in nats per image. For a strategy whose guide is
             a Delta it is the plug-in log p(x, θ), which is no bound on log p(x).
         trace: the states after each iteration, every field with a leading axis T; None if it was not kept.
@@ -53,6 +54,7 @@ class Posterior(NamedTuple):
     mean: Tensor
     gamma: Tensor
     log_evidence: Tensor
+    log_mixing: Tensor
     elbo_trace: Tensor
     trace: State | None
 
@@ -71,15 +73,15 @@ class Posterior(NamedTuple):
         """The posterior at the last of these states."""
         last = states[-1]
         trace = State(*(torch.stack(values) for values in zip(*states, strict=True))) if keep_trace else None
-        return cls(last.theta, last.psi, last.mean, last.gamma, last.log_evidence, elbo_trace, trace)
+        return cls(last.theta, last.psi, last.mean, last.gamma, last.log_evidence, last.log_mixing, elbo_trace, trace)
 
     @classmethod
     def concatenate(cls, posteriors: Sequence["Posterior"]) -> "Posterior":
         """One posterior over the images of several, in their order."""
         traces = [p.trace for p in posteriors if p.trace is not None]
         trace = State(*(torch.cat(values, 1) for values in zip(*traces, strict=True))) if traces else None
-        theta, psi, mean, gamma, log_evidence = (
-            torch.cat(values) for values in zip(*(p[:5] for p in posteriors), strict=True)
+        theta, psi, mean, gamma, log_evidence, log_mixing = (
+            torch.cat(values) for values in zip(*(p[:6] for p in posteriors), strict=True)
         )
         elbo_trace = torch.cat([p.elbo_trace for p in posteriors], 1)
-        return cls(theta, psi, mean, gamma, log_evidence, elbo_trace, trace)
+        return cls(theta, psi, mean, gamma, log_evidence, log_mixing, elbo_trace, trace)

@@ -7,7 +7,7 @@ from pnem.inference.errors import StrategyError
 from pnem.inference.noise import Noise
 from pnem.inference.posterior import State
 from pnem.inference.recurrences import CELLS
-from pnem.inference.strategy import Strategy
+from pnem.inference.strategy import Strategy, require_pixels
 from pnem.models import SpatialMixture
 
 __all__ = ["RNNEM"]
@@ -45,9 +45,11 @@ class RNNEM(Strategy):
         gamma_gradient: bool = True,
     ):
         super().__init__(model, iterations=iterations, noise=noise, e_step=e_step, gamma_gradient=gamma_gradient)
+        require_pixels(model, "RNNEM")
         if recurrence not in CELLS:
             raise StrategyError(f"unknown recurrence {recurrence!r}: choose one of {', '.join(CELLS)}")
-        image_shape = model.decoder.image_shape
+        H, W, _ = model.decoder.image_shape
+        image_shape = H, W, model.num_channels
         self.encoder = Identity(image_shape) if encoder is None else encoder
         if self.encoder.image_shape != image_shape:
             raise StrategyError(

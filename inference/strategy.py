@@ -14,7 +14,7 @@ from pnem.inference.posterior import Posterior, State
 from pnem.models import Configured, SpatialMixture
 from pnem.models.parameters import register_parameters
 
-__all__ = ["Strategy"]
+__all__ = ["Strategy", "require_pixels"]
 
 # The original code adds this to p(x_i | ψ) in its E-step.
 GREFF_FLOOR = 1e-6
@@ -119,8 +119,8 @@ class Strategy(Configured, nn.Module, ABC):
         """The states after each of the T iterations on images `x` (B, D, C), from given or random γ (B, K, D)."""
         return self.rollout(*self.start(x, gamma), x)
 
-    def guide_at(self, state: State) -> Callable[..., Tensor]:
-        """The Pyro guide at a state: a Delta on ``"theta"``."""
+    def guide_at(self, state: State | Posterior) -> Callable[..., Tensor]:
+        """The Pyro guide at a state or posterior: a Delta on ``"theta"``."""
 
         def guide(*_: object) -> Tensor:
             with (
@@ -192,3 +192,9 @@ class Strategy(Configured, nn.Module, ABC):
             states = [State(*(value[best] for value in state)) for state in states]
             elbo = elbo[:, best]
         return Posterior.from_states(states, elbo, keep_trace=keep_trace)
+
+
+def require_pixels(model: SpatialMixture, name: str) -> None:
+    """Raises `StrategyError` where the model's decoder is constant, for which EM has a closed form."""
+    if model.num_pixels is None:
+        raise StrategyError(f"{name} needs a decoder of images, not {type(model.decoder).__name__}: use ClassicalEM")

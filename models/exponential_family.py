@@ -201,27 +201,26 @@ class MultivariateNormal(ExponentialFamily):
             return mean, torch.diag_embed(scale.exp().expand(*scale.shape[:-1], C))
         rows, columns = torch.tril_indices(C, C, device=psi.device)
         lower = psi.new_zeros(*psi.shape[:-1], C, C)
-        lower[..., rows, columns] = torch.where(rows == columns, scale.exp(), scale)
+        diagonal = rows == columns
+        lower[..., rows, columns] = torch.where(diagonal, scale.where(diagonal, torch.zeros_like(scale)).exp(), scale)
         return mean, lower
 
     def psi(self, mean: Tensor, covariance: Tensor) -> Tensor:
         """ψ for a mean (..., C) and a covariance matrix (..., C, C), of which only what ψ can hold is used.
 
-        Raises:
-            ModelError: a covariance is not positive definite.
+        NaN where the covariance is not positive definite.
         """
         C = mean.shape[-1]
         if not self._triangular:
             variance = covariance.diagonal(dim1=-2, dim2=-1)
             if self.covariance == "spherical":
                 variance = variance.mean(-1, keepdim=True)
-            _require_positive(bool((variance > 0).all()))
-            return torch.cat([mean, 0.5 * variance.log()], -1)
+            return torch.cat([mean, _log_scale(variance)], -1)
         lower, info = torch.linalg.cholesky_ex(covariance)
-        _require_positive(not bool(info.any()))
         rows, columns = torch.tril_indices(C, C, device=mean.device)
         scale = lower[..., rows, columns]
-        return torch.cat([mean, torch.where(rows == columns, scale.clamp_min(0).log(), scale)], -1)
+        scale = torch.where(rows == columns, scale.clamp_min(0).log(), scale)
+        return torch.cat([mean, scale.masked_fill((info != 0).unsqueeze(-1), math.nan)], -1)
 
     def distribution(self, psi: Tensor) -> dist.TorchDistribution:  # noqa: D102
         mean, lower = self.moments(psi)
@@ -274,9 +273,9 @@ class MultivariateNormal(ExponentialFamily):
         first, second = mean[..., :C], mean[..., C:]
         if self.covariance == "spherical":
             variance = (second - first.square().sum(-1, keepdim=True)) / C
-            return torch.cat([first, 0.5 * self._floored(variance).log()], -1)
+            return torch.cat([first, _log_scale(variance + self.floor)], -1)
         if self.covariance == "diagonal":
-            return torch.cat([first, 0.5 * self._floored(second - first.square()).log()], -1)
+            return torch.cat([first, _log_scale(second - first.square() + self.floor)], -1)
         rows, columns = torch.tril_indices(C, C, device=mean.device)
         entries = second - first[..., rows] * first[..., columns]
         if self.covariance == "tied":
@@ -295,11 +294,6 @@ class MultivariateNormal(ExponentialFamily):
         C = self.num_channels(psi.shape[-1])
         return torch.cat([psi[..., :C] + shift, psi[..., C:]], -1)
 
-    def _floored(self, variance: Tensor) -> Tensor:
-        variance = variance.clamp_min(0) + self.floor
-        _require_positive(bool((variance > 0).all()))
-        return variance
-
     def mean(self, psi: Tensor) -> Tensor:  # noqa: D102
         return psi[..., : self.num_channels(psi.shape[-1])]
 
@@ -308,12 +302,9 @@ class MultivariateNormal(ExponentialFamily):
         return x.new_full(x.shape[:-1], math.inf)
 
 
-def _require_positive(positive: bool) -> None:
-    if not positive:
-        raise ModelError(
-            "a component's covariance is not positive definite, as when its items are equal or lie in a plane: use a "
-            "larger floor, fewer components, or a simpler covariance"
-        )
+def _log_scale(variance: Tensor) -> Tensor:
+    """log σ; NaN where there is none."""
+    return 0.5 * variance.masked_fill(variance <= 0, math.nan).log()
 
 
 def _require_counts(x: Tensor, name: str, largest: int | None = None) -> None:

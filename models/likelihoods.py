@@ -18,7 +18,7 @@ __all__ = ["Bernoulli", "ExponentialFamily", "Likelihood", "Normal", "finite_log
 class Likelihood(Configured, nn.Module, ABC):
     """p(x_i | ψ_{k,i}): how a pixel with C channels follows from its P unconstrained parameters.
 
-    Channels multiply within a component, where they are independent given it.
+    One z per pixel: all its channels come from the same component.
     """
 
     def num_parameters(self, channels: int) -> int:
@@ -95,7 +95,7 @@ class ExponentialFamily(Likelihood):
             weight: the sum of those weights, (..., K).
 
         Returns:
-            ψ, (..., K, P).
+            ψ, (..., K, P); NaN for components that have none, as a normal on a single point.
         """
 
     def origin(self, x: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class SpatialMixture(Configured, nn.Module):
         if pixel_prior is None:
             self.pixel_prior = None
         else:
-            mean = torch.full((1,), float(pixel_prior))
+            mean = torch.full((self.num_channels,), float(pixel_prior))
             likelihood.check(mean)
             self.register_buffer("pixel_prior", mean, persistent=False)
         logits = torch.zeros(num_components)
@@ -197,6 +197,11 @@ class SpatialMixture(Configured, nn.Module):
             raise ModelError(
                 f"x has shape {tuple(x.shape)}, but this model needs (B, {'D' if D is None else f'D={D}'}, C={C})"
                 + ("" if D is None else f": images of {H}×{W} pixels, flattened row by row")
+            )
+        if self.mixing_logits.dim() == 2 and len(self.mixing_logits) != x.shape[0]:
+            raise ModelError(
+                f"x holds {x.shape[0]} images, but this model's mixing weights were fitted to "
+                f"{len(self.mixing_logits)}, one set for each: give those, or declare a new model"
             )
         if not bool(x.isfinite().all()):
             raise ModelError(f"x holds {int((~x.isfinite()).sum())} values that are NaN or infinite")

@@ -17,7 +17,7 @@ from sklearn.mixture import GaussianMixture
 
 import pnem
 from pnem.errors import ModelError, RunError, StrategyError
-from pnem.inference import ClassicalEM, ConvergenceWarning, MStep, register_m_step
+from pnem.inference import NEM, RNNEM, ClassicalEM, ConvergenceWarning, MStep, register_m_step
 from pnem.models import (
     Bernoulli,
     Binomial,
@@ -304,11 +304,52 @@ def test_a_new_rule_joins_by_registering():
 
 def test_parts_without_a_rule_name_strategies_that_work():
     neural = SpatialMixture(decoders.MLP(3, (2, 2, 1)), Bernoulli(), 2)
-    with pytest.raises(StrategyError, match=r"MLP, Bernoulli and a flat prior.*NEM or RNNEM.*register_m_step"):
+    with pytest.raises(StrategyError, match=r"MLP and Bernoulli: use NEM or RNNEM.*register_m_step"):
         ClassicalEM(neural)
     owned = SpatialMixture(decoders.Constant(2), Bernoulli(), 2, pixel_prior=0.0)
     with pytest.raises(StrategyError, match="ownership"):
         ClassicalEM(owned)
+
+
+def test_a_start_that_collapses_loses_to_those_that_do_not():
+    x = torch.cat([torch.randn(1, 200, 2), torch.ones(1, 5, 2)], 1)
+    likelihood = MultivariateNormal("full", floor=0.0)
+    posterior = ClassicalEM(mixture(likelihood)).infer(x, restarts=20)
+    assert bool(posterior.theta.isfinite().all())
+
+
+@pytest.mark.filterwarnings("default::pnem.inference.ConvergenceWarning")
+def test_a_floor_that_spoils_the_fit_is_noticed():
+    x = 1e-4 * torch.cat([torch.randn(1, 100, 1), torch.randn(1, 100, 1) + 5], 1)
+    with pytest.warns(ConvergenceWarning, match="floor"):
+        ClassicalEM(mixture(MultivariateNormal("full"), 2, 1), tol=0, initial="random").infer(x, restarts=3)
+
+
+def test_other_images_get_their_own_weights():
+    model = mixture(Poisson(), mixing="per_image")
+    strategy = ClassicalEM(model)
+    three = strategy.infer(items("poisson", B=3))
+    torch.testing.assert_close(three.log_mixing, model.log_mixing)
+    with pytest.raises(ModelError, match="fitted to 3"):
+        model.log_evidence(items("poisson", B=2), three.theta[:2])
+    assert strategy.infer(items("poisson", B=2)).log_mixing.shape == (2, 3)
+
+
+@every_family
+def test_it_is_an_ordinary_pyro_guide(family):
+    x, model = items(family, B=2), mixture(FAMILIES[family]())
+    strategy = ClassicalEM(model)
+    torch.manual_seed(1)
+    posterior = strategy.infer(x)
+    torch.manual_seed(1)
+    loss = TraceEnum_ELBO(max_plate_nesting=2).loss(model, strategy, x)
+    assert posterior.log_evidence.sum().item() == pytest.approx(-loss, rel=1e-10)
+
+
+@pytest.mark.parametrize("strategy", [NEM, RNNEM])
+def test_learned_strategies_refuse_a_constant_decoder(strategy):
+    with pytest.raises(StrategyError, match="use ClassicalEM"):
+        strategy(mixture(Poisson()))
 
 
 def test_fit_says_that_there_is_nothing_to_train():
