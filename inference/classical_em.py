@@ -1,28 +1,22 @@
 """Classical EM: the M-step in closed form, until the evidence rises no more."""
 
-import functools
-import operator
 import warnings
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pnem.inference.errors import StrategyError
-from pnem.inference.m_steps import Expectation, MStep, Parameters, find_m_step
+from pnem.inference.items import Items
+from pnem.inference.m_steps import Parameters, find_m_step
 from pnem.inference.posterior import Posterior, State
-from pnem.inference.strategy import Strategy
+from pnem.inference.starts import nearest, seeds
+from pnem.inference.strategy import Strategy, check_starts
 from pnem.models import SpatialMixture
 from pnem.models.errors import ModelError
 
 __all__ = ["INITS", "ClassicalEM", "ConvergenceWarning"]
 
 INITS = ("k-means++", "random", "points")
-# Items of one piece: their statistics and responsibilities stay in the processor's cache.
-PIECE = 4096
-# Bytes of prepared items that are kept from one iteration to the next.
-KEEP = 2**30
 
 
 class ConvergenceWarning(UserWarning):
@@ -79,16 +73,16 @@ class ClassicalEM(Strategy):
     def step(self, state: State, x_in: Tensor, x: Tensor) -> State:  # noqa: D102
         return self._state(self._maximise(state.gamma, x_in), self._items(x))
 
-    def _items(self, x: Tensor, weight: Tensor | None = None) -> "_Items":
+    def _items(self, x: Tensor, weight: Tensor | None = None) -> Items:
         # Single precision cannot hold the second moments of clusters that are far apart.
         x = x.double()
-        return _Items(self.rule(self.model, x), x, None if weight is None else weight.double())
+        return Items(self.rule(self.model, x), x, None if weight is None else weight.double())
 
     def _maximise(self, gamma: Tensor, x: Tensor) -> Parameters:
         items = self._items(x)
         return items.rule.maximise(items.count(gamma.double().unsqueeze(0)))
 
-    def _state(self, parameters: Parameters, items: "_Items") -> State:
+    def _state(self, parameters: Parameters, items: Items) -> State:
         """The E-step at the parameters of a single start, in the model's precision."""
         theta, log_mixing = parameters.theta[0], parameters.log_mixing[0]
         log_joint = items.log_joint(parameters)
@@ -184,9 +178,9 @@ class ClassicalEM(Strategy):
         weight: Tensor | None,
     ) -> None:
         B, D, K, M = len(x), x.shape[-2], self.model.num_components, self.model.latent_features
-        for name, number in (("restarts", restarts), ("iterations", iterations), ("the number of items", B * D)):
-            if number < 1:
-                raise StrategyError(f"{name} must be at least 1, but is {number}")
+        check_starts(restarts, iterations, given=gamma is not None or theta is not None)
+        if B * D < 1:
+            raise StrategyError(f"x has shape {tuple(x.shape)}: give at least one item")
         given = {"gamma": (gamma, (B, K, D)), "theta": (theta, (B, K, M)), "weight": (weight, (B, D))}
         for name, (value, shape) in given.items():
             if value is not None and value.shape != shape:
@@ -195,14 +189,12 @@ class ClassicalEM(Strategy):
                 raise StrategyError(f"{name} holds values that are NaN or infinite")
         if gamma is not None and not bool((gamma >= 0).all() & (gamma.sum((-1, -2)) > 0).all()):
             raise StrategyError("gamma must be at least 0 and not all 0")
-        if restarts > 1 and not (gamma is None and theta is None):
-            raise StrategyError("restarts from a given start would all be the same: leave it out, or restarts at 1")
         if weight is not None and not bool((weight >= 0).all() & (weight.sum(-1) > 0).all()):
             raise StrategyError("weights must be at least 0 and not all 0")
 
     def _start(
         self,
-        items: "_Items",
+        items: Items,
         x: Tensor,
         restarts: int,
         gamma: Tensor | None,
@@ -220,10 +212,10 @@ class ClassicalEM(Strategy):
         else:
             chance = x.new_ones(B, D) if weight is None else weight.double()
             far = self.initial == "k-means++"
-            weighted = torch.stack([_nearest(x, _seeds(x, chance, K, far=far)) for _ in range(restarts)])
+            weighted = torch.stack([nearest(x, seeds(x, chance, K, far=far)) for _ in range(restarts)])
         return items.rule.maximise(items.count(weighted))
 
-    def _posterior(self, parameters: Parameters, evidence: Tensor, items: "_Items") -> Posterior:
+    def _posterior(self, parameters: Parameters, evidence: Tensor, items: Items) -> Posterior:
         """The best start of each image: evidence (T, R, B)."""
         B = evidence.shape[-1]
         # Starts that share mixing weights between images stand or fall together.
@@ -241,65 +233,3 @@ class ClassicalEM(Strategy):
         self.model.set_log_mixing(chosen.log_mixing[0])
         state = self._state(chosen, items)
         return Posterior.from_states([state], evidence[:, best, images].to(state.gamma.dtype), keep_trace=False)
-
-
-class _Items:
-    """Items in pieces, prepared once if they fit into memory."""
-
-    def __init__(self, rule: MStep, x: Tensor, weight: Tensor | None):
-        self.rule = rule
-        self.x = x.split(PIECE, 1)
-        self.weight = [None] * len(self.x) if weight is None else weight.split(PIECE, 1)
-        first = rule.prepare(self.x[0])
-        keep = first.element_size() * first.numel() / self.x[0].shape[1] * x.shape[1] <= KEEP
-        self.prepared = [first, *(rule.prepare(piece) for piece in self.x[1:])] if keep else None
-
-    def __iter__(self) -> Iterator[Tensor]:
-        yield from self.prepared or map(self.rule.prepare, self.x)
-
-    def log_joint(self, parameters: Parameters) -> Tensor:
-        """log p(x_i, z_i = k | θ, π) of all items at a single start's parameters: (B, K, D)."""
-        log_joint_of = self.rule.score(parameters)
-        return torch.cat([log_joint_of(prepared).squeeze(-2) for prepared in self], 1).transpose(-1, -2)
-
-    def expect(self, parameters: Parameters) -> Expectation:
-        """The E-step on all items."""
-        log_joint_of = self.rule.score(parameters)
-        parts = (self.rule.expect(log_joint_of, *piece) for piece in zip(self, self.weight, strict=True))
-        return functools.reduce(operator.add, parts)
-
-    def count(self, gamma: Tensor) -> Tensor:
-        """The statistics of all items under γ (R, B, K, D)."""
-        total: Tensor | None = None
-        for prepared, part, weight in zip(self, gamma.split(PIECE, -1), self.weight, strict=True):
-            weighted = part if weight is None else part * weight.unsqueeze(-2)
-            counted = self.rule.count(prepared, weighted.permute(1, 3, 0, 2))
-            total = counted if total is None else total + counted
-        assert total is not None
-        return total
-
-
-def _seeds(x: Tensor, weight: Tensor, K: int, *, far: bool) -> Tensor:
-    """K items of each image, by weight and, if `far`, far from one another: (B, D, C), (B, D) -> (B, K, C)."""
-    seeds = _draw(x, weight)
-    distance = (x - seeds).square().sum(-1)
-    for _ in range(1, K):
-        seed = _draw(x, weight * distance if far else weight)
-        seeds = torch.cat([seeds, seed], 1)
-        distance = torch.minimum(distance, (x - seed).square().sum(-1))
-    return seeds
-
-
-def _draw(x: Tensor, chance: Tensor) -> Tensor:
-    """One item of each image, in proportion to its chance: (B, D, C), (B, D) -> (B, 1, C)."""
-    cumulative = chance.cumsum(-1)
-    target = torch.rand(len(x), 1, dtype=x.dtype, device=x.device) * cumulative[:, -1:]
-    chosen = torch.searchsorted(cumulative, target, right=True).clamp_max(x.shape[-2] - 1)
-    return x.gather(1, chosen.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-def _nearest(x: Tensor, seeds: Tensor) -> Tensor:
-    """γ (B, K, D) of one for the nearest seed and zero for the others."""
-    # Relative to a seed, for distances between items far from zero would cancel.
-    nearest = torch.cdist(x - seeds[:, :1], seeds - seeds[:, :1]).argmin(-1)
-    return F.one_hot(nearest, seeds.shape[1]).to(x.dtype).transpose(-1, -2)

@@ -14,7 +14,7 @@ from pnem.inference.posterior import Posterior, State
 from pnem.models import Configured, SpatialMixture
 from pnem.models.parameters import register_parameters
 
-__all__ = ["Strategy", "require_pixels"]
+__all__ = ["Strategy", "check_starts", "require_pixels"]
 
 # The original code adds this to p(x_i | ψ) in its E-step.
 GREFF_FLOOR = 1e-6
@@ -167,11 +167,7 @@ class Strategy(Configured, nn.Module, ABC):
         """
         iterations = self.iterations if iterations is None else iterations
         self.model.check(x)
-        for name, value in (("restarts", restarts), ("iterations", iterations)):
-            if value < 1:
-                raise StrategyError(f"{name} must be at least 1, but is {value}")
-        if restarts > 1 and gamma is not None:
-            raise StrategyError("restarts from a given gamma would all be the same: leave gamma out, or restarts at 1")
+        check_starts(restarts, iterations, given=gamma is not None)
         was_training = self.training
         self.eval()
         try:
@@ -198,3 +194,12 @@ def require_pixels(model: SpatialMixture, name: str) -> None:
     """Raises `StrategyError` where the model's decoder is constant, for which EM has a closed form."""
     if model.num_pixels is None:
         raise StrategyError(f"{name} needs a decoder of images, not {type(model.decoder).__name__}: use ClassicalEM")
+
+
+def check_starts(restarts: int, iterations: int, *, given: bool) -> None:
+    """Raises `StrategyError` unless both are at least 1, and restarts are not all from the same given start."""
+    for name, value in (("restarts", restarts), ("iterations", iterations)):
+        if value < 1:
+            raise StrategyError(f"{name} must be at least 1, but is {value}")
+    if restarts > 1 and given:
+        raise StrategyError("restarts from a given start would all be the same: leave it out, or restarts at 1")

@@ -2,9 +2,10 @@
 
 from pnem.models import decoders
 from pnem.models.config import Configured
-from pnem.models.exponential_family import Binomial, Categorical, MultivariateNormal, Poisson
+from pnem.models.counts import Binomial, Categorical, Poisson
 from pnem.models.likelihoods import Bernoulli, ExponentialFamily, Likelihood, Normal
 from pnem.models.mixture import SpatialMixture
+from pnem.models.multivariate_normal import MultivariateNormal
 
 __all__ = [
     "Bernoulli",

@@ -361,7 +361,7 @@ def test_fit_says_that_there_is_nothing_to_train():
 BAD = {
     "a rank": (torch.zeros(5, 2), {}, r"needs \(B, D, C=2\)"),
     "channels": (torch.zeros(1, 5, 3), {}, r"C=2"),
-    "nothing": (torch.zeros(1, 0, 2), {}, "the number of items must be at least 1"),
+    "nothing": (torch.zeros(1, 0, 2), {}, "at least one item"),
     "infinity": (torch.full((1, 5, 2), torch.inf), {}, "NaN or infinite"),
     "weights below zero": (torch.zeros(1, 5, 2), {"weight": -torch.ones(1, 5)}, "weights must be"),
     "weights of zero": (torch.zeros(1, 5, 2), {"weight": torch.zeros(1, 5)}, "weights must be"),
@@ -370,7 +370,7 @@ BAD = {
     "gamma's shape": (torch.zeros(1, 5, 2), {"gamma": torch.ones(1, 5, 3)}, "gamma has shape"),
     "NaN in theta": (torch.zeros(1, 5, 2), {"theta": torch.full((1, 3, 5), torch.nan)}, "theta holds values"),
     "gamma below zero": (torch.zeros(1, 5, 2), {"gamma": -torch.ones(1, 3, 5)}, "gamma must be at least 0"),
-    "no images": (torch.zeros(0, 5, 2), {}, "number of items"),
+    "no images": (torch.zeros(0, 5, 2), {}, "at least one item"),
     "no restarts": (torch.zeros(1, 5, 2), {"restarts": 0}, "restarts"),
     "no iterations": (torch.zeros(1, 5, 2), {"iterations": 0}, "iterations"),
     "the same start twice": (torch.zeros(1, 5, 2), {"restarts": 2, "gamma": torch.ones(1, 3, 5)}, "all be the same"),

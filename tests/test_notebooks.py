@@ -32,3 +32,5 @@ def test_runs_in_its_small_version(path: Path, tmp_path: Path, monkeypatch: pyte
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, kernel_name="python3", timeout=900, resources={"metadata": {"path": here}})
     client.execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
