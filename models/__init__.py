@@ -6,6 +6,8 @@ from pnem.models.counts import Binomial, Categorical, Poisson
 from pnem.models.likelihoods import Bernoulli, ExponentialFamily, Likelihood, Normal
 from pnem.models.mixture import SpatialMixture
 from pnem.models.multivariate_normal import MultivariateNormal
+from pnem.models.priors import NormalInverseWishart, Prior
+from pnem.models.student_t import StudentT
 
 __all__ = [
     "Bernoulli",
@@ -16,7 +18,10 @@ __all__ = [
     "Likelihood",
     "MultivariateNormal",
     "Normal",
+    "NormalInverseWishart",
     "Poisson",
+    "Prior",
     "SpatialMixture",
+    "StudentT",
     "decoders",
 ]

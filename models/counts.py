@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pnem.models.errors import ModelError
-from pnem.models.likelihoods import ExponentialFamily, finite_logit
+from pnem.models.likelihoods import ExponentialFamily, extremes, finite_logit
 
 __all__ = ["Binomial", "Categorical", "Poisson"]
 
@@ -25,7 +25,7 @@ class Poisson(ExponentialFamily):
         return x
 
     def natural(self, psi: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        return psi, psi.exp().sum(-1)
+        return psi, psi.exp()
 
     def log_base_measure(self, x: Tensor) -> Tensor:  # noqa: D102
         return -torch.lgamma(x + 1).sum(-1)
@@ -69,7 +69,7 @@ class Binomial(ExponentialFamily):
         return x
 
     def natural(self, psi: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        return psi, self.trials * F.softplus(psi).sum(-1)
+        return psi, self.trials * F.softplus(psi)
 
     def log_base_measure(self, x: Tensor) -> Tensor:  # noqa: D102
         n = torch.as_tensor(float(self.trials), dtype=x.dtype, device=x.device)
@@ -129,7 +129,10 @@ class Categorical(ExponentialFamily):
 
     def natural(self, psi: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         eta = psi.unflatten(-1, (-1, self.categories)).log_softmax(-1).flatten(-2)
-        return eta, psi.new_zeros(psi.shape[:-1])
+        return eta, psi.new_zeros(*psi.shape[:-1], psi.shape[-1] // self.categories)
+
+    def spread(self, channels: Tensor) -> Tensor:  # noqa: D102
+        return channels.repeat_interleave(self.categories, -1)
 
     def match(self, mean: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
         return mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
@@ -146,10 +149,11 @@ class Categorical(ExponentialFamily):
 
 
 def _require_counts(x: Tensor, name: str, largest: int | None = None) -> None:
-    whole = bool(((x >= 0) & (x == x.round())).all())
+    whole = not bool(((x < 0) | (x != x.round()) & ~x.isnan()).any())
     if not whole or (largest is not None and bool((x > largest).any())):
         upper = "" if largest is None else f" up to {largest}"
+        low, high = extremes(x)
         raise ModelError(
-            f"{name} pixels must be whole numbers from 0{upper}, but x goes from {x.min():.4g} to {x.max():.4g}"
+            f"{name} pixels must be whole numbers from 0{upper}, but x goes from {low:.4g} to {high:.4g}"
             + ("" if whole else ", not all of them whole and non-negative")
         )

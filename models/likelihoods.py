@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from pnem.models.config import Configured
 from pnem.models.errors import ModelError
 
-__all__ = ["Bernoulli", "ExponentialFamily", "Likelihood", "Normal", "finite_logit"]
+__all__ = ["Bernoulli", "ExponentialFamily", "Likelihood", "Normal", "extremes", "finite_logit", "present_channels"]
 
 
 class Likelihood(Configured, nn.Module, ABC):
@@ -63,8 +63,16 @@ class Likelihood(Configured, nn.Module, ABC):
     def saturated_log_prob(self, x: Tensor) -> Tensor:
         """max over ψ of log p(x_i | ψ), as in the deviance of a generalised linear model: (..., D, C) -> (..., D)."""
 
+    def log_marginal(self, x: Tensor, psi: Tensor) -> Tensor:
+        """`log_prob` of the channels that are there: those that are NaN are summed or integrated out exactly.
+
+        Raises:
+            ModelError: this likelihood has no marginals in closed form.
+        """
+        raise ModelError(f"{type(self).__name__} cannot leave channels out: x must hold no NaN")
+
     def check(self, x: Tensor) -> None:
-        """Raises `ModelError` where `x` is outside the likelihood's support."""
+        """Raises `ModelError` where `x` is outside the likelihood's support; NaN, for a missing value, is inside."""
 
 
 class ExponentialFamily(Likelihood):
@@ -74,13 +82,25 @@ class ExponentialFamily(Likelihood):
     is largest where E[T] equals that mean (Dempster, Laird & Rubin 1977, section 2).
     """
 
+    @property
+    def independent_channels(self) -> bool:
+        """Whether channels are independent given ψ, so that one that is missing just drops out of the sums."""
+        return True
+
     @abstractmethod
     def statistics(self, x: Tensor) -> Tensor:
         """T(x): (..., D, C) -> (..., D, S)."""
 
     @abstractmethod
     def natural(self, psi: Tensor) -> tuple[Tensor, Tensor]:
-        """η(ψ) and A(ψ), in nats: (..., P) -> (..., S) and (...)."""
+        """η(ψ) and A(ψ), in nats: (..., P) -> (..., S) and (..., C), or (..., 1) where channels are dependent.
+
+        A is the sum of its last axis.
+        """
+
+    def spread(self, channels: Tensor) -> Tensor:
+        """For every entry of T the value of its channel: (..., C) -> (..., S)."""
+        return channels
 
     def log_base_measure(self, x: Tensor) -> Tensor:
         """log h(x) in nats: (..., D, C) -> (..., D)."""
@@ -92,7 +112,7 @@ class ExponentialFamily(Likelihood):
 
         Args:
             mean: the weighted mean of T over each component's items, (..., K, S).
-            weight: the sum of those weights, (..., K).
+            weight: the sum of those weights, (..., K, 1), or (..., K, C) where items with missing channels differ.
 
         Returns:
             ψ, (..., K, P); NaN for components that have none, as a normal on a single point.
@@ -108,7 +128,14 @@ class ExponentialFamily(Likelihood):
 
     def log_probs(self, xs: Sequence[Tensor], psi: Tensor) -> list[Tensor]:  # noqa: D102
         eta, log_partition = self.natural(psi)
+        log_partition = log_partition.sum(-1)
         return [(self.statistics(x) * eta).sum(-1) - log_partition + self.log_base_measure(x) for x in xs]
+
+    def log_marginal(self, x: Tensor, psi: Tensor) -> Tensor:  # noqa: D102
+        eta, log_partition = self.natural(psi)
+        present, x = present_channels(x)
+        statistics = self.statistics(x) * self.spread(present)
+        return (statistics * eta).sum(-1) - (present * log_partition).sum(-1) + self.log_base_measure(x)
 
 
 class Bernoulli(ExponentialFamily):
@@ -129,7 +156,7 @@ class Bernoulli(ExponentialFamily):
         return x
 
     def natural(self, psi: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        return psi, F.softplus(psi).sum(-1)
+        return psi, F.softplus(psi)
 
     def match(self, mean: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
         return finite_logit(mean)
@@ -144,9 +171,10 @@ class Bernoulli(ExponentialFamily):
         return (torch.xlogy(x, x) + torch.xlogy(1 - x, 1 - x)).sum(-1)
 
     def check(self, x: Tensor) -> None:  # noqa: D102
-        if not bool(((x >= 0) & (x <= 1)).all()):
+        if bool(((x < 0) | (x > 1)).any()):
+            low, high = extremes(x)
             raise ModelError(
-                f"Bernoulli pixels must lie in [0, 1], but x goes from {x.min():.4g} to {x.max():.4g}: "
+                f"Bernoulli pixels must lie in [0, 1], but x goes from {low:.4g} to {high:.4g}: "
                 "rescale the images or use the Normal likelihood"
             )
 
@@ -189,6 +217,11 @@ class Normal(Likelihood):
         log_normaliser = self.log_sigma + 0.5 * math.log(2 * math.pi)
         return [_sum_channels(-0.5 * ((x - psi) / self.sigma).square() - log_normaliser) for x in xs]
 
+    def log_marginal(self, x: Tensor, psi: Tensor) -> Tensor:  # noqa: D102
+        log_normaliser = self.log_sigma + 0.5 * math.log(2 * math.pi)
+        present, x = present_channels(x)
+        return (present * (-0.5 * ((x - psi) / self.sigma).square() - log_normaliser)).sum(-1)
+
     def mean(self, psi: Tensor) -> Tensor:  # noqa: D102
         return psi
 
@@ -202,6 +235,17 @@ class Normal(Likelihood):
 def _sum_channels(values: Tensor) -> Tensor:
     # A sum over one channel would be a copy.
     return values.squeeze(-1) if values.shape[-1] == 1 else values.sum(-1)
+
+
+def present_channels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """1 where x is there and 0 where it is NaN, and x with zeros for NaN."""
+    missing = x.isnan()
+    return (~missing).to(x.dtype), x.masked_fill(missing, 0)
+
+
+def extremes(x: Tensor) -> tuple[float, float]:
+    """The smallest and the largest value that is not NaN."""
+    return x.nan_to_num(math.inf, math.inf, -math.inf).min().item(), x.nan_to_num(-math.inf).max().item()
 
 
 def finite_logit(p: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The spatial mixture: one generative model of images made of parts, declared in Pyro."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -7,10 +9,11 @@ from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 
 from pnem.models.config import Configured
-from pnem.models.decoders import Decoder
+from pnem.models.decoders import Constant, Decoder
 from pnem.models.errors import ModelError
 from pnem.models.likelihoods import Likelihood
 from pnem.models.parameters import register_parameters
+from pnem.models.priors import Prior, PriorDistribution
 
 __all__ = ["SpatialMixture"]
 
@@ -34,9 +37,11 @@ class SpatialMixture(Configured, nn.Module):
         decoder: the network from θ to the pixels' parameters.
         likelihood: the distribution of a pixel given its parameters.
         num_components: K.
-        prior: p(θ): ``"flat"`` (maximum likelihood) or ``"standard_normal"``.
+        prior: p(θ): ``"flat"`` (maximum likelihood), ``"standard_normal"``, or for a constant decoder a `Prior` on the
+            likelihood's parameters.
         mixing: π: ``"uniform"``; ``"learned"``, the same for all images; or ``"per_image"``, for classical EM: uniform
             until it is fitted.
+        mixing_concentration: α of a prior Dirichlet(α, ..., α) on fitted mixing weights, at least 1; 1 is flat.
         pixel_prior: the mean of P₀: Bernoulli(p) for Bernoulli pixels, a point at μ₀ for Normal ones; None for the
             plain mixture.
         ownership: w, the weight of the ownership term; N-EM's is 1. For Bernoulli pixels with P₀ = 0, an "on" pixel is
@@ -44,7 +49,8 @@ class SpatialMixture(Configured, nn.Module):
             costs 0.69 nats at w = 1, but 0.26 at w = ½: less ownership is more readiness to overlap.
 
     Raises:
-        ModelError: K < 1, an unknown prior or mixing, a weight that is negative or not finite, or a pixel prior
+        ModelError: K < 1, an unknown prior or mixing, a prior that does not fit the likelihood, a concentration below 1
+            or of mixing weights that are not fitted, a weight that is negative or not finite, or a pixel prior
             outside the likelihood's support.
 
     >>> from pnem.models import Bernoulli, decoders
@@ -62,18 +68,25 @@ class SpatialMixture(Configured, nn.Module):
         likelihood: Likelihood,
         num_components: int,
         *,
-        prior: str = "flat",
+        prior: str | Prior = "flat",
         mixing: str = "uniform",
+        mixing_concentration: float = 1.0,
         pixel_prior: float | None = None,
         ownership: float = 1.0,
     ):
         super().__init__()
         if num_components < 1:
             raise ModelError(f"num_components must be at least 1, but is {num_components}")
-        if prior not in ("flat", "standard_normal"):
-            raise ModelError(f'prior must be "flat" or "standard_normal", but is {prior!r}')
+        if not isinstance(prior, Prior) and prior not in ("flat", "standard_normal"):
+            raise ModelError(f'prior must be "flat", "standard_normal" or a Prior, but is {prior!r}')
+        if isinstance(prior, Prior) and not isinstance(decoder, Constant):
+            raise ModelError(f"{type(prior).__name__} is a prior for decoders.Constant, not {type(decoder).__name__}")
         if mixing not in ("uniform", "learned", "per_image"):
             raise ModelError(f'mixing must be "uniform", "learned" or "per_image", but is {mixing!r}')
+        if not 1 <= mixing_concentration < float("inf"):
+            raise ModelError(f"mixing_concentration must be at least 1 and finite, but is {mixing_concentration}")
+        if mixing_concentration > 1 and mixing == "uniform":
+            raise ModelError('mixing_concentration is for fitted mixing weights: give mixing="learned" or "per_image"')
         if not 0 <= ownership < float("inf"):
             raise ModelError(f"ownership must be a finite weight of at least 0, but is {ownership}")
         self.decoder = decoder
@@ -81,7 +94,10 @@ class SpatialMixture(Configured, nn.Module):
         self.num_components = num_components
         self.prior = prior
         self.mixing_kind = mixing
+        self.mixing_concentration = float(mixing_concentration)
         self.ownership = float(ownership)
+        if isinstance(prior, Prior):
+            prior.check(likelihood, self.num_channels)
         if pixel_prior is None:
             self.pixel_prior = None
         else:
@@ -135,16 +151,23 @@ class SpatialMixture(Configured, nn.Module):
     def log_joint(self, x: Tensor, theta: Tensor) -> Tensor:
         """log p(x_i, z_i = k | θ) in nats, ownership included: x (B, D, C), theta (B, K, M) -> (B, K, D).
 
+        Channels of x that are NaN are missing: x_i is then the others.
+
         Raises:
-            ModelError: the shapes of x, θ and the model do not go together.
+            ModelError: the shapes of x, θ and the model do not go together, or x holds NaN and there is ownership.
         """
-        self.check(x)
+        self.check(x, missing=True)
         if theta.shape[-2:] != (self.num_components, self.latent_features):
             raise ModelError(
                 f"theta has shape {tuple(theta.shape)}, but this model needs "
                 f"(B, K={self.num_components}, M={self.latent_features})"
             )
-        return self.log_joint_at(x, self.decode(theta))
+        psi = self.decode(theta)
+        if bool(x.isnan().any()):
+            if self.owned:
+                raise ModelError("x holds NaN, for missing values, which a model with ownership cannot leave out")
+            return self.log_mixing.unsqueeze(-1) + self.likelihood.log_marginal(x.unsqueeze(-3), psi)
+        return self.log_joint_at(x, psi)
 
     def responsibilities(self, x: Tensor, theta: Tensor) -> Tensor:
         """γ_{k,i} = p(z_i = k | x_i, θ): x (B, D, C), theta (B, K, M) -> (B, K, D)."""
@@ -184,13 +207,26 @@ class SpatialMixture(Configured, nn.Module):
         """log p(θ) in nats per image, zero where the prior is flat: (..., K, M) -> (...)."""
         return self._prior().log_prob(theta).sum(-1)
 
+    def log_mixing_prior(self, log_mixing: Tensor) -> Tensor:
+        """log p(π) in nats, zero where the prior is flat: (..., K) -> (...)."""
+        K, alpha = self.num_components, self.mixing_concentration
+        if alpha == 1:
+            return log_mixing.new_zeros(log_mixing.shape[:-1])
+        constant = math.lgamma(K * alpha) - K * math.lgamma(alpha)
+        return constant + (alpha - 1) * log_mixing.sum(-1)
+
     def _prior(self) -> dist.TorchDistribution:
+        if isinstance(self.prior, Prior):
+            return PriorDistribution(self.prior, self.likelihood, self.latent_features)
         normal = dist.Normal(self.mixing_logits.new_zeros(()), self.mixing_logits.new_ones(()))
         # A masked Normal keeps its site in the trace, but contributes nothing: a flat prior.
         return normal.expand([self.latent_features]).to_event(1).mask(self.prior != "flat")
 
-    def check(self, x: Tensor) -> None:
-        """Raises `ModelError` unless `x` is (..., D, C) with this model's pixels, finite, and in the support."""
+    def check(self, x: Tensor, *, missing: bool = False) -> None:
+        """Raises `ModelError` unless `x` is (..., D, C) with this model's pixels, finite, and in the support.
+
+        With `missing`, NaN stands for a missing value; a pixel must have at least one that is there.
+        """
         D, C = self.num_pixels, self.num_channels
         if x.dim() < 3 or x.shape[-1] != C or D not in (None, x.shape[-2]):
             H, W, _ = self.decoder.image_shape
@@ -203,7 +239,14 @@ class SpatialMixture(Configured, nn.Module):
                 f"x holds {x.shape[0]} images, but this model's mixing weights were fitted to "
                 f"{len(self.mixing_logits)}, one set for each: give those, or declare a new model"
             )
-        if not bool(x.isfinite().all()):
+        if missing and not bool(x.isinf().any()):
+            nothing = x.isnan().all(-1)
+            if bool(nothing.any()):
+                raise ModelError(
+                    f"{int(nothing.sum())} items have no value at all, the first at index "
+                    f"{nothing.nonzero()[0, -1].item()}: leave them out"
+                )
+        elif not bool(x.isfinite().all()):
             raise ModelError(f"x holds {int((~x.isfinite()).sum())} values that are NaN or infinite")
         self.likelihood.check(x)
 
@@ -219,7 +262,11 @@ class SpatialMixture(Configured, nn.Module):
         register_parameters("model", self)
         if x is not None:
             self.check(x)
+        if self.mixing_concentration > 1 and self.mixing_kind == "learned":
+            pyro.factor("mixing_prior", self.log_mixing_prior(self.log_mixing))
         with pyro.plate("images", num_images if x is None else len(x), dim=-2):
+            if self.mixing_concentration > 1 and self.mixing_kind == "per_image":
+                pyro.factor("mixing_prior", self.log_mixing_prior(self.log_mixing).unsqueeze(-1))
             with pyro.plate("components", self.num_components, dim=-1):
                 theta = pyro.sample("theta", self._prior())
             psi = self.decode(theta)

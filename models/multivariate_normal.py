@@ -9,8 +9,11 @@ from torch import Tensor
 
 from pnem.models.errors import ModelError
 from pnem.models.likelihoods import ExponentialFamily
+from pnem.models.linear_algebra import half_log_det, marginals, squared_distance, symmetric
 
 __all__ = ["MultivariateNormal"]
+
+LOG_2PI = math.log(2 * math.pi)
 
 
 class MultivariateNormal(ExponentialFamily):
@@ -95,65 +98,78 @@ class MultivariateNormal(ExponentialFamily):
         # By whitening, which loses no digits where the mean is large against the scale.
         C = self.num_channels(psi.shape[-1])
         mean, lower = self.moments(psi)
-        log_determinant = lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        results = []
-        for x in xs:
-            difference = (x - mean).unsqueeze(-1)
-            white = torch.linalg.solve_triangular(lower, difference, upper=False).squeeze(-1)
-            results.append(-0.5 * (white.square().sum(-1) + C * math.log(2 * math.pi)) - log_determinant)
-        return results
+        return [-0.5 * (squared_distance(x - mean, lower) + C * LOG_2PI) - half_log_det(lower) for x in xs]
+
+    def log_marginal(self, x: Tensor, psi: Tensor) -> Tensor:  # noqa: D102
+        mean, lower = self.moments(psi)
+        return marginals(
+            x, mean, lower, lambda distance, half_log_det, C: -0.5 * (distance + C * LOG_2PI) - half_log_det
+        )
+
+    @property
+    def independent_channels(self) -> bool:  # noqa: D102
+        return not self._triangular
 
     def statistics(self, x: Tensor) -> Tensor:
-        """[x, x xᵀ]: of the latter the squares, their sum, or the lower triangle, as the covariance needs it."""
-        if self.covariance == "spherical":
-            return torch.cat([x, x.square().sum(-1, keepdim=True)], -1)
-        if self.covariance == "diagonal":
+        """[x, x xᵀ]: of the latter the squares, or the lower triangle, as the covariance needs it."""
+        if not self._triangular:
             return torch.cat([x, x.square()], -1)
         products = [x[..., : c + 1] * x[..., c : c + 1] for c in range(x.shape[-1])]
         return torch.cat([x, *products], -1)
 
+    def spread(self, channels: Tensor) -> Tensor:  # noqa: D102
+        return torch.cat([channels, channels], -1)
+
     def natural(self, psi: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        if not self._triangular:
+            C = self.num_channels(psi.shape[-1])
+            mean, log_scale = psi[..., :C], psi[..., C:].expand(*psi.shape[:-1], C)
+            precision = (-2 * log_scale).exp()
+            log_partition = 0.5 * (precision * mean.square() + LOG_2PI) + log_scale
+            return torch.cat([precision * mean, -0.5 * precision], -1), log_partition
         mean, lower = self.moments(psi)
         C = mean.shape[-1]
         precision = torch.cholesky_inverse(lower)
         linear = (precision @ mean.unsqueeze(-1)).squeeze(-1)
-        if self.covariance == "spherical":
-            quadratic = -0.5 * precision[..., :1, 0]
-        elif self.covariance == "diagonal":
-            quadratic = -0.5 * precision.diagonal(dim1=-2, dim2=-1)
-        else:
-            rows, columns = torch.tril_indices(C, C, device=psi.device)
-            # Every entry off the diagonal stands for two.
-            quadratic = precision[..., rows, columns] * torch.where(rows == columns, -0.5, -1.0).to(psi.dtype)
-        log_partition = (
-            0.5 * (linear * mean).sum(-1)
-            + lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-            + 0.5 * C * math.log(2 * math.pi)
-        )
-        return torch.cat([linear, quadratic], -1), log_partition
+        rows, columns = torch.tril_indices(C, C, device=psi.device)
+        # Every entry off the diagonal stands for two.
+        quadratic = precision[..., rows, columns] * torch.where(rows == columns, -0.5, -1.0).to(psi.dtype)
+        log_partition = 0.5 * ((linear * mean).sum(-1) + C * LOG_2PI) + half_log_det(lower)
+        return torch.cat([linear, quadratic], -1), log_partition.unsqueeze(-1)
 
     def match(self, mean: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
-        # S = C + (1, C or C (C + 1) / 2), as P.
-        C = self.num_channels(mean.shape[-1])
-        first, second = mean[..., :C], mean[..., C:]
+        first, second = self.split(mean)
+        outer = first.unsqueeze(-1) * first.unsqueeze(-2) if self._triangular else first.square()
+        return self.fit(first, second - outer, weight)
+
+    def split(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """T (..., S) as x (..., C) and its products: (..., C, C), or squares (..., C) of independent channels."""
+        if not self._triangular:
+            first, second = statistics.chunk(2, -1)
+            return first, second
+        # S = C + C (C + 1) / 2, as P.
+        C = self.num_channels(statistics.shape[-1])
+        return statistics[..., :C], symmetric(statistics[..., C:], C)
+
+    def fit(self, mean: Tensor, covariance: Tensor, weight: Tensor) -> Tensor:
+        """ψ of K components, from their own means and covariances as `split` shapes them, floor added.
+
+        What components or channels share is the mean of their own at the given weights, (..., K, 1) or (..., K, C).
+        """
+        if self._triangular:
+            if self.covariance == "tied":
+                share = (weight / weight.sum(-2, keepdim=True)).unsqueeze(-1)
+                covariance = (share * covariance).sum(-3, keepdim=True).expand_as(covariance)
+            return self.psi(mean, covariance + self.floor * torch.eye(mean.shape[-1]).to(mean))
         if self.covariance == "spherical":
-            variance = (second - first.square().sum(-1, keepdim=True)) / C
-            return torch.cat([first, _log_scale(variance + self.floor)], -1)
-        if self.covariance == "diagonal":
-            return torch.cat([first, _log_scale(second - first.square() + self.floor)], -1)
-        rows, columns = torch.tril_indices(C, C, device=mean.device)
-        entries = second - first[..., rows] * first[..., columns]
-        if self.covariance == "tied":
-            share = weight / weight.sum(-1, keepdim=True)
-            entries = (share.unsqueeze(-1) * entries).sum(-2, keepdim=True).expand_as(entries)
-        matrix = entries.new_zeros(*entries.shape[:-1], C, C)
-        matrix[..., rows, columns] = entries
-        matrix = matrix.tril(-1).transpose(-1, -2) + matrix.tril()
-        return self.psi(first, matrix + self.floor * torch.eye(C, dtype=mean.dtype, device=mean.device))
+            # A component that owns nothing weighs its channels equally.
+            weight = weight.expand_as(covariance).clamp_min(torch.finfo(weight.dtype).tiny)
+            covariance = (weight * covariance).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True)
+        return torch.cat([mean, _log_scale(covariance + self.floor)], -1)
 
     def origin(self, x: Tensor) -> Tensor:
         """The median, which one far item cannot move."""
-        return x.median(-2, keepdim=True).values
+        return x.nanmedian(-2, keepdim=True).values
 
     def translate(self, psi: Tensor, shift: Tensor) -> Tensor:  # noqa: D102
         C = self.num_channels(psi.shape[-1])
