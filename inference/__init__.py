@@ -1,11 +1,15 @@
 """Inference: strategies on the spatial mixture, their parts, and training objectives."""
 
 from pnem.inference import encoders
-from pnem.inference.classical_em import ClassicalEM, ConvergenceWarning
+from pnem.inference.classical_em import ClassicalEM, ConvergenceWarning, Fit
+from pnem.inference.factor_analysis import FactorAnalysis
 from pnem.inference.m_steps import MStep, Parameters, register_m_step
+from pnem.inference.match_moments import MatchMoments
 from pnem.inference.n_em import NEM
 from pnem.inference.noise import BitFlip, MaskedUniform, Noise
+from pnem.inference.normal_scale_mixtures import NormalScaleMixture
 from pnem.inference.objectives import ELBO, Losses, NEMLoss, Objective
+from pnem.inference.online_em import OnlineEM
 from pnem.inference.posterior import Posterior, State
 from pnem.inference.rnn_em import RNNEM
 from pnem.inference.strategy import Strategy
@@ -17,12 +21,17 @@ __all__ = [
     "BitFlip",
     "ClassicalEM",
     "ConvergenceWarning",
+    "FactorAnalysis",
+    "Fit",
     "Losses",
     "MStep",
     "MaskedUniform",
+    "MatchMoments",
     "NEMLoss",
     "Noise",
+    "NormalScaleMixture",
     "Objective",
+    "OnlineEM",
     "Parameters",
     "Posterior",
     "State",

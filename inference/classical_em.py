@@ -1,20 +1,26 @@
 """Classical EM: the M-step in closed form, until the evidence rises no more."""
 
 import warnings
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
+import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from pnem.inference.errors import StrategyError
-from pnem.inference.items import Items
-from pnem.inference.m_steps import Parameters, find_m_step
+from pnem.inference.factor_analysis import FactorAnalysis
+from pnem.inference.items import Items, Stream, survey
+from pnem.inference.m_steps import MStep, Parameters, find_m_step
 from pnem.inference.posterior import Posterior, State
-from pnem.inference.starts import nearest, seeds
+from pnem.inference.progress import Progress
+from pnem.inference.starts import check_given, nearest, seeds
 from pnem.inference.strategy import Strategy, check_starts
 from pnem.models import SpatialMixture
 from pnem.models.errors import ModelError
 
-__all__ = ["INITS", "ClassicalEM", "ConvergenceWarning"]
+__all__ = ["INITS", "ClassicalEM", "ConvergenceWarning", "Fit"]
 
 INITS = ("k-means++", "random", "points")
 
@@ -23,24 +29,46 @@ class ConvergenceWarning(UserWarning):
     """EM stopped at its last iteration while the evidence was still rising."""
 
 
+class Fit(NamedTuple):
+    """What EM finds.
+
+    Attributes:
+        theta: (B, K, M); for a linear decoder, whose parameters are then the model's, (0, 1, M).
+        log_mixing: (B, K), log π.
+        elbo_trace: (T, B): before each M-step log p(x | θ, π) + log p(θ, π), in nats, items counted by their weights;
+            for a linear decoder (T, 1): log p(x) of all images.
+        converged: whether it stopped because the evidence rose no more.
+    """
+
+    theta: Tensor
+    log_mixing: Tensor
+    elbo_trace: Tensor
+    converged: bool
+
+
 class ClassicalEM(Strategy):
     r"""Expectation maximisation with a closed-form M-step (Dempster, Laird & Rubin 1977).
 
     The E-step is that of the model, γ_{k,i} = p(z_i = k | x_i, θ); the M-step maximises
 
-        Q(θ, π) = Σ_i Σ_k γ_{k,i} log p(x_i, z_i = k | θ, π)
+        Q(θ, π) = Σ_i Σ_k γ_{k,i} log p(x_i, z_i = k | θ, π)   + log p(θ, π) where the model has priors
 
-    exactly, by the rule registered for the model's decoder and likelihood (`register_m_step`), so that log p(x | θ)
-    never falls (but for a floor of the likelihood, which can make it). θ and, where the model learns them, the mixing
-    weights are fitted for the images at hand;
-    there is nothing to train.
+    exactly, by the rule registered for the model's decoder, likelihood and prior (`register_m_step`), so that
+    log p(x | θ, π) + log p(θ, π) never falls (but for a floor of the likelihood, which can make it). Channels of x
+    that are NaN are missing: they are summed or integrated out exactly.
+
+    With `decoders.Constant`, θ and π are fitted for the images at hand, by `infer` and `fit` alike: there is nothing
+    to train. With `decoders.Linear`, one component, `Normal` pixels and a standard-normal prior (factor analysis,
+    probabilistic PCA), `fit` finds the model's own parameters with θ integrated out, and `infer` the exact posterior
+    of θ under them.
 
     Args:
         model: the generative model.
         iterations: at most this many.
         tol: stop when the evidence rises by less than this, in nats per item.
         initial: where to start: ``"k-means++"``: items nearest to seeds far from one another (Arthur & Vassilvitskii
-            2007); ``"random"``: random responsibilities; ``"points"``: items nearest to random items.
+            2007); ``"random"``: random responsibilities; ``"points"``: items nearest to random items. Loadings of
+            factor analysis start at random.
 
     Raises:
         StrategyError: no rule is registered for the model; iterations < 1, a negative tol, or an unknown start.
@@ -60,37 +88,51 @@ class ClassicalEM(Strategy):
         if initial not in INITS:
             raise StrategyError(f"initial must be one of {', '.join(INITS)}, but is {initial!r}")
         self.rule = find_m_step(model)
+        self.rule.choose(model, missing=False)
         self.tol = tol
         self.initial = initial
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The Pyro guide: fits images `x` (B, D, C), and with them the model's mixing weights; a Delta at θ."""
-        return self.guide_at(self.infer(x))()
+    def fit(
+        self,
+        x: Tensor | Iterable[Tensor],
+        *,
+        restarts: int = 1,
+        iterations: int | None = None,
+        gamma: Tensor | None = None,
+        theta: Tensor | None = None,
+        weight: Tensor | None = None,
+        progress: bool = False,
+    ) -> Fit:
+        """EM until it converges, from R starts at once; the best of each image is kept.
 
-    def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102
-        return self._maximise(state.gamma, x_in).theta[0]
+        What is the model's own (learned mixing weights, a linear decoder) becomes the fitted one.
 
-    def step(self, state: State, x_in: Tensor, x: Tensor) -> State:  # noqa: D102
-        return self._state(self._maximise(state.gamma, x_in), self._items(x))
+        Args:
+            x: the images (B, D, C): B fits, independent but for what is the model's own. Or the items of one image in
+                chunks (n, C), as `pnem.data.Rows`, iterated once per iteration: memory does not grow with
+                their number, and the result is the same but for where it starts, which a sample of 65,536 decides.
+            restarts: R.
+            iterations: at most this many; the strategy's when None.
+            gamma: initial responsibilities (B, K, D), in place of `initial`.
+            theta: initial θ (B, K, M), at the model's mixing weights, in place of `initial`.
+            weight: how often each item counts, (B, D); not for chunks.
+            progress: whether to show a progress bar.
 
-    def _items(self, x: Tensor, weight: Tensor | None = None) -> Items:
-        # Single precision cannot hold the second moments of clusters that are far apart.
-        x = x.double()
-        return Items(self.rule(self.model, x), x, None if weight is None else weight.double())
+        Raises:
+            ModelError: `x` does not fit the model, or every start collapsed.
+            StrategyError: restarts or iterations < 1, restarts > 1 from a given start, or a start or weights of the
+                wrong shape, or no items.
 
-    def _maximise(self, gamma: Tensor, x: Tensor) -> Parameters:
-        items = self._items(x)
-        return items.rule.maximise(items.count(gamma.double().unsqueeze(0)))
-
-    def _state(self, parameters: Parameters, items: Items) -> State:
-        """The E-step at the parameters of a single start, in the model's precision."""
-        theta, log_mixing = parameters.theta[0], parameters.log_mixing[0]
-        log_joint = items.log_joint(parameters)
-        psi = self.model.decode(theta)
-        mean = self.model.likelihood.mean(psi)
-        mean, psi = (value.expand(*value.shape[:-2], log_joint.shape[-1], value.shape[-1]) for value in (mean, psi))
-        state = State(theta, mean, psi, log_joint.softmax(-2), log_joint, log_mixing)
-        return State(*(value.to(self.model.mixing_logits.dtype) for value in state))
+        Warns:
+            ConvergenceWarning: the evidence was still rising by more than tol after the last iteration.
+        """
+        with torch.no_grad():
+            parameters, evidence, converged, _ = self._climb(
+                x, restarts, iterations, gamma=gamma, theta=theta, weight=weight, progress=progress
+            )
+        theta = parameters.theta[0] if self.rule.local else evidence.new_zeros(0, 1, self.model.latent_features)
+        dtype = self.model.mixing_logits.dtype
+        return Fit(theta.to(dtype), parameters.log_mixing[0].to(dtype), evidence.to(dtype), converged)
 
     def infer(
         self,
@@ -103,94 +145,140 @@ class ClassicalEM(Strategy):
         theta: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Posterior:
-        """EM on images `x` (B, D, C) until it converges, from R starts at once; the best of each image is kept.
+        """`fit` on images `x` (B, D, C), and the posterior at what it found.
 
-        The model's mixing weights, where it learns them, become the fitted ones.
+        With a linear decoder nothing is fitted: the posterior means of θ, and for `elbo_trace` log p(x), (1, B).
 
         Args:
-            x: the images: B fits, independent but for the mixing weights if these are ``"learned"``.
-            restarts: R.
-            iterations: at most this many; the strategy's when None.
-            gamma: initial responsibilities (B, K, D), in place of `initial`.
             keep_trace: must be False: a fit of many iterations has no room for all its states.
-            theta: initial θ (B, K, M), at the model's mixing weights, in place of `initial`.
-            weight: how often each item counts, (B, D).
-
-        Returns:
-            The posterior at the parameters of the last M-step; its `elbo_trace` is the evidence, with items counted by
-            their weights, that each E-step saw.
-
-        Raises:
-            ModelError: `x` does not fit the model.
-            StrategyError: restarts or iterations < 1, restarts > 1 from a given start, or a start or weights of the
-                wrong shape, or no items.
-
-        Warns:
-            ConvergenceWarning: the evidence was still rising by more than tol after the last iteration.
+            x, restarts, iterations, gamma, theta, weight: see `fit`; its errors and warnings are those of this.
         """
-        if self.model.mixing_kind == "per_image" and theta is None:
-            # Those of the images fitted before.
-            self.model.set_log_mixing(x.new_zeros(len(x), self.model.num_components))
-        self.model.check(x)
-        iterations = self.iterations if iterations is None else iterations
-        self._check(x, restarts, iterations, gamma, theta, weight)
         if keep_trace:
             raise StrategyError("classical EM keeps no trace: leave keep_trace out")
         with torch.no_grad():
-            items = self._items(x, weight)
-            parameters = self._start(items, x.double(), restarts, gamma, theta, weight)
-            count = x.shape[-2] if weight is None else weight.sum(-1)
+            if not self.rule.local:
+                state, log_evidence = self._factors(x)
+                return Posterior.from_states([state], log_evidence, keep_trace=False)
+            parameters, evidence, _, items = self._climb(
+                x, restarts, iterations, gamma=gamma, theta=theta, weight=weight
+            )
+            state = self._state(parameters, items)
+            return Posterior.from_states([state], evidence.to(state.gamma.dtype), keep_trace=False)
+
+    def init(self, x: Tensor, gamma: Tensor | None = None) -> State:
+        """The state at the first parameters, from `gamma` (B, K, D) or as `initial` says."""
+        self.model.check(x, missing=True)
+        with torch.no_grad():
+            items = self._items(x)
+            return self._state(self._start(items, x.double(), 1, gamma, None, None), items)
+
+    def step(self, state: State, x_in: Tensor, x: Tensor) -> State:
+        """One iteration: the E-step at the state's θ on `x_in`, the M-step, and the E-step on `x`."""
+        with torch.no_grad():
+            items = self._items(x_in)
+            before = Parameters(state.theta.double().unsqueeze(0), state.log_mixing.double().unsqueeze(0))
+            after = items.rule.maximise(items.expect(before).statistics)
+            return self._state(after, items if x is x_in else self._items(x))
+
+    def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102
+        return self.step(state, x_in, x_in).theta
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The Pyro guide: fits images `x` (B, D, C), and with them the model's mixing weights; a Delta at θ.
+
+        With a linear decoder nothing is fitted, and it is the exact posterior of θ, a normal.
+        """
+        if self.rule.local:
+            return self.guide_at(self.infer(x))()
+        mean, covariance, _ = self._posterior_of_factors(x)
+        with pyro.plate("images", len(x), dim=-2), pyro.plate("components", 1, dim=-1):
+            return pyro.sample("theta", dist.MultivariateNormal(mean.unsqueeze(1), covariance.unsqueeze(1)))
+
+    def _make_rule(self, x: Tensor, missing: bool) -> MStep:
+        return self.rule.choose(self.model, missing=missing)(self.model, x, missing=missing)
+
+    def _items(self, x: Tensor, weight: Tensor | None = None) -> Items:
+        if not self.rule.local:
+            raise StrategyError("a linear decoder's parameters are found by `fit`, not in steps")
+        # Single precision cannot hold the second moments of clusters that are far apart.
+        x = x.double()
+        return Items(self._make_rule(x, bool(x.isnan().any())), [x], None if weight is None else weight.double())
+
+    def _climb(
+        self,
+        x: Tensor | Iterable[Tensor],
+        restarts: int,
+        iterations: int | None,
+        *,
+        gamma: Tensor | None = None,
+        theta: Tensor | None = None,
+        weight: Tensor | None = None,
+        progress: bool = False,
+    ) -> tuple[Parameters, Tensor, bool, Items]:
+        """The best start's parameters, its evidence (T, B), whether it converged, and the items."""
+        iterations = self.iterations if iterations is None else iterations
+        check_starts(restarts, iterations, given=gamma is not None or theta is not None)
+        with Progress(iterations, shown=progress) as bar:
+            items, start, count = self._begin(x, restarts, gamma, theta, weight, bar)
             evidence: list[Tensor] = []
             rise = torch.full((), torch.inf)
-            while len(evidence) < iterations and bool((rise >= self.tol).any()):
-                expectation = items.expect(parameters)
-                evidence.append(expectation.evidence)
-                parameters = items.rule.maximise(expectation.statistics)
+            for value, found in self._iterate(items, start, count):
+                evidence.append(value)
+                parameters = found
+                bar.advance((evidence[-1] / count).max().item())
                 if len(evidence) > 1:
                     rise = (evidence[-1] - evidence[-2]) / count
-            self._warn(len(evidence), rise[rise.isfinite()])
-            return self._posterior(parameters, torch.stack(evidence), items)
-
-    def _warn(self, iterations: int, rise: Tensor) -> None:
-        """Warns unless the last rise of the evidence in nats per item, of every finite start, is within tol of zero."""
-        if iterations > 1 and bool((rise.abs() <= max(self.tol, 1e-9)).all()):
-            return
-        if iterations == 1:
-            change = "was seen only once"
-        elif bool((rise > self.tol).any()):
-            change = f"still rises by {rise.max().item():.2g} nats per item"
+                if len(evidence) == iterations or not bool((rise >= self.tol).any()):
+                    break
+        converged = self._converged(len(evidence), rise[rise.isfinite()])
+        best, trace = self._best(parameters, torch.stack(evidence))
+        if isinstance(items.rule, FactorAnalysis):
+            items.rule.write(best)
         else:
-            change = f"fell by {-rise.min().item():.2g} nats per item, as a floor of the likelihood can make it"
-        warnings.warn(
-            f"after {iterations} iterations the evidence {change} (tol={self.tol:.2g}): allow more iterations, or "
-            "change tol or the floor",
-            ConvergenceWarning,
-            stacklevel=3,
-        )
+            self.model.set_log_mixing(best.log_mixing[0])
+        return best, trace, converged, items
 
-    def _check(
+    def _iterate(
+        self, items: Items, parameters: Parameters, count: Tensor | int
+    ) -> Iterator[tuple[Tensor, Parameters]]:
+        """Without end: the evidence (R, B) at the parameters so far, with log p(θ, π), and the next ones."""
+        while True:
+            evidence, statistics = items.expect(parameters)
+            parameters = items.rule.maximise(statistics)
+            yield evidence, parameters
+
+    def _begin(
         self,
-        x: Tensor,
+        x: Tensor | Iterable[Tensor],
         restarts: int,
-        iterations: int,
         gamma: Tensor | None,
         theta: Tensor | None,
         weight: Tensor | None,
-    ) -> None:
-        B, D, K, M = len(x), x.shape[-2], self.model.num_components, self.model.latent_features
-        check_starts(restarts, iterations, given=gamma is not None or theta is not None)
-        if B * D < 1:
-            raise StrategyError(f"x has shape {tuple(x.shape)}: give at least one item")
-        given = {"gamma": (gamma, (B, K, D)), "theta": (theta, (B, K, M)), "weight": (weight, (B, D))}
-        for name, (value, shape) in given.items():
-            if value is not None and value.shape != shape:
-                raise StrategyError(f"{name} has shape {tuple(value.shape)}, but these images need {shape}")
-            if value is not None and not bool(value.isfinite().all()):
-                raise StrategyError(f"{name} holds values that are NaN or infinite")
-        if gamma is not None and not bool((gamma >= 0).all() & (gamma.sum((-1, -2)) > 0).all()):
-            raise StrategyError("gamma must be at least 0 and not all 0")
-        if weight is not None and not bool((weight >= 0).all() & (weight.sum(-1) > 0).all()):
-            raise StrategyError("weights must be at least 0 and not all 0")
+        bar: Progress,
+    ) -> tuple[Items, Parameters, Tensor | int]:
+        """The items, where each start begins, and how many items there are, by weight."""
+        if self.model.mixing_kind == "per_image" and theta is None:
+            # Those of the images fitted before.
+            images = len(x) if isinstance(x, Tensor) else 1
+            self.model.set_log_mixing(self.model.mixing_logits.new_zeros(images, self.model.num_components))
+        if isinstance(x, Tensor):
+            self.model.check(x, missing=True)
+            check_given(self.model, x, gamma=gamma, theta=theta, weight=weight, local=self.rule.local)
+            x = (x if self.rule.local else x.flatten(1).unsqueeze(0)).double()
+            weight = None if weight is None else weight.double().reshape(x.shape[:2])
+            items = Items(self._make_rule(x, bool(x.isnan().any())), [x], weight)
+            count = x.shape[1] if weight is None else weight.sum(-1)
+            return items, self._start(items, x, restarts, gamma, theta, weight), count
+        if gamma is not None or weight is not None:
+            raise StrategyError("items in chunks take neither gamma nor weight: leave them out")
+        stream = Stream(x, self.model)
+        found = survey(stream, self.model, local=self.rule.local)
+        if theta is not None:
+            check_given(self.model, found.sample, theta=theta, local=self.rule.local)
+        rule = self._make_rule(found.sample, found.missing)
+        bar.expect(found.size)
+        start = self._start(Items(rule, [found.sample]), found.sample, restarts, None, theta, None)
+        return Items(rule, stream, seen=bar.see), start, found.size
 
     def _start(
         self,
@@ -202,6 +290,8 @@ class ClassicalEM(Strategy):
         weight: Tensor | None,
     ) -> Parameters:
         B, D, K = len(x), x.shape[-2], self.model.num_components
+        if isinstance(items.rule, FactorAnalysis):
+            return items.rule.start(restarts)
         if theta is not None:
             return Parameters(theta.double().unsqueeze(0), self.model.log_mixing.double().expand(1, B, K))
         if gamma is not None:
@@ -210,13 +300,32 @@ class ClassicalEM(Strategy):
             weighted = x.new_empty(restarts, B, K, D).normal_().abs_()
             weighted /= weighted.sum(-2, keepdim=True)
         else:
-            chance = x.new_ones(B, D) if weight is None else weight.double()
+            chance = x.new_ones(B, D) if weight is None else weight
+            filled = torch.where(x.isnan(), x.nanmedian(1, keepdim=True).values, x) if items.rule.missing else x
             far = self.initial == "k-means++"
-            weighted = torch.stack([nearest(x, seeds(x, chance, K, far=far)) for _ in range(restarts)])
-        return items.rule.maximise(items.count(weighted))
+            weighted = torch.stack([nearest(filled, seeds(filled, chance, K, far=far)) for _ in range(restarts)])
+        return items.rule.maximise(items.begin(weighted))
 
-    def _posterior(self, parameters: Parameters, evidence: Tensor, items: Items) -> Posterior:
-        """The best start of each image: evidence (T, R, B)."""
+    def _converged(self, iterations: int, rise: Tensor) -> bool:
+        """Whether the last rise of the evidence in nats per item, of every finite start, is within tol of zero."""
+        if iterations > 1 and bool((rise.abs() <= max(self.tol, 1e-9)).all()):
+            return True
+        if iterations == 1:
+            change = "was seen only once"
+        elif bool((rise > self.tol).any()):
+            change = f"still rises by {rise.max().item():.2g} nats per item"
+        else:
+            change = f"fell by {-rise.min().item():.2g} nats per item, as a floor of the likelihood can make it"
+        warnings.warn(
+            f"after {iterations} iterations the evidence {change} (tol={self.tol:.2g}): allow more iterations, or "
+            "change tol or the floor",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+        return False
+
+    def _best(self, parameters: Parameters, evidence: Tensor) -> tuple[Parameters, Tensor]:
+        """The best start of each image, as a single one, and its evidence: of (T, R, B), (T, B)."""
         B = evidence.shape[-1]
         # Starts that share mixing weights between images stand or fall together.
         final = (
@@ -226,10 +335,37 @@ class ClassicalEM(Strategy):
         if bool(final.amax(0).isinf().any()):
             raise ModelError(
                 "no start kept a finite evidence: a component's covariance is not positive definite where its items "
-                "are equal or lie in a plane; use a larger floor, fewer components, or a simpler covariance"
+                "are equal or lie in a plane; use a larger floor, fewer components, a simpler covariance, or a prior"
             )
         best, images = final.argmax(0), torch.arange(B, device=evidence.device)
-        chosen = Parameters(*(value[best, images].unsqueeze(0) for value in parameters))
-        self.model.set_log_mixing(chosen.log_mixing[0])
-        state = self._state(chosen, items)
-        return Posterior.from_states([state], evidence[:, best, images].to(state.gamma.dtype), keep_trace=False)
+        return Parameters(*(value[best, images].unsqueeze(0) for value in parameters)), evidence[:, best, images]
+
+    def _state(self, parameters: Parameters, items: Items) -> State:
+        """The E-step at the parameters of a single start, in the model's precision."""
+        theta, log_mixing = parameters.theta[0], parameters.log_mixing[0]
+        log_joint = items.log_joint(parameters)
+        psi = self.model.decode(theta)
+        mean = self.model.likelihood.mean(psi)
+        mean, psi = (value.expand(*value.shape[:-2], log_joint.shape[-1], value.shape[-1]) for value in (mean, psi))
+        state = State(theta, mean, psi, log_joint.softmax(-2), log_joint, log_mixing)
+        return State(*(value.to(self.model.mixing_logits.dtype) for value in state))
+
+    def _posterior_of_factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """E[θ] (B, M), its covariance (B or 1, M, M) and log p(x) (B,) under the model's linear decoder."""
+        self.model.check(x, missing=True)
+        flat = x.double().flatten(1).unsqueeze(0)
+        rule = self._make_rule(flat, bool(flat.isnan().any()))
+        assert isinstance(rule, FactorAnalysis)
+        dtype = self.model.mixing_logits.dtype
+        mean, covariance, log_evidence = (v[0].to(dtype) for v in rule.posterior(rule.current(), rule.prepare(flat)))
+        return mean, covariance, log_evidence
+
+    def _factors(self, x: Tensor) -> tuple[State, Tensor]:
+        """The state at the posterior means of θ, and log p(x), (1, B)."""
+        mean, _, log_evidence = self._posterior_of_factors(x)
+        theta = mean.unsqueeze(1)
+        log_joint, psi = self.model.log_joint(x, theta), self.model.decode(theta)
+        log_mixing = torch.zeros_like(theta[..., 0])
+        gamma = torch.ones_like(log_joint)
+        state = State(theta, self.model.likelihood.mean(psi), psi, gamma, log_joint, log_mixing)
+        return state, log_evidence.unsqueeze(0)

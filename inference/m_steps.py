@@ -1,4 +1,4 @@
-"""Closed-form EM: for each kind of model its E-step on items and the M-step from what that adds up to."""
+"""Closed-form EM: the rules, one for each kind of model, and how they are found."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -8,10 +8,15 @@ import torch
 from torch import Tensor
 
 from pnem.inference.errors import StrategyError
-from pnem.models import SpatialMixture, decoders
-from pnem.models.likelihoods import ExponentialFamily, Likelihood
+from pnem.models import Prior, SpatialMixture, decoders
+from pnem.models.likelihoods import Likelihood
 
-__all__ = ["Expectation", "MStep", "Parameters", "find_m_step", "register_m_step"]
+__all__ = ["Count", "EStep", "Expectation", "MStep", "Parameters", "find_m_step", "register_m_step"]
+
+# From responsibilities times weights, (B, D, R, K), to the statistics (R, B, K, S) of those items.
+Count = Callable[[Tensor], Tensor]
+# From prepared items to log p(x_i, z_i = k), (B, D, R, K), and to what counts them.
+EStep = Callable[[Tensor], tuple[Tensor, Count]]
 
 
 class Parameters(NamedTuple):
@@ -36,22 +41,50 @@ class MStep(ABC):
 
     The items are prepared once and seen in pieces, whose expectations add up: so EM streams, weighs items and runs
     many starts at once without any rule knowing of it.
+
+    Args:
+        model: the generative model.
+        x: the items (B, D, C), or a sample of them, in double precision.
+        missing: whether some values are NaN.
     """
 
-    def __init__(self, model: SpatialMixture, x: Tensor):
+    # Items of one piece: their statistics and responsibilities stay in the processor's cache.
+    piece = 4096
+    # Whether θ is what is fitted; otherwise it is parameters of the model itself, common to all images.
+    local = True
+
+    def __init__(self, model: SpatialMixture, x: Tensor, *, missing: bool):
         self.model = model
+        self.missing = missing
+
+    @classmethod
+    def choose(cls, model: SpatialMixture, *, missing: bool) -> "type[MStep]":
+        """This rule, or one that serves the model better.
+
+        Raises:
+            StrategyError: the model cannot be fitted so.
+        """
+        return cls
 
     @abstractmethod
     def prepare(self, x: Tensor) -> Tensor:
         """What is computed once for items x (B, D, C): -> (B, D, anything)."""
 
     @abstractmethod
-    def score(self, parameters: Parameters) -> Callable[[Tensor], Tensor]:
-        """The function from prepared items to log p(x_i, z_i = k | θ, π), (B, D, R, K), at these parameters."""
+    def begin(self, prepared: Tensor) -> Count:
+        """What counts prepared items before there are any parameters."""
 
-    def expect(self, log_joint_of: Callable[[Tensor], Tensor], prepared: Tensor, weight: Tensor | None) -> Expectation:
+    @abstractmethod
+    def at(self, parameters: Parameters) -> EStep:
+        """The E-step at these parameters."""
+
+    @abstractmethod
+    def maximise(self, statistics: Tensor) -> Parameters:
+        """The parameters that maximise Q + log p(θ, π), from summed statistics (R, B, K, S)."""
+
+    def expect(self, e_step: EStep, prepared: Tensor, weight: Tensor | None) -> Expectation:
         """The E-step on prepared items, each counted `weight` (B, D) times."""
-        log_joint = log_joint_of(prepared)
+        log_joint, count = e_step(prepared)
         # logsumexp and softmax in one, with a single exponential.
         largest = log_joint.amax(-1, keepdim=True)
         gamma = log_joint.sub_(largest).exp_()
@@ -61,26 +94,37 @@ class MStep(ABC):
         if weight is not None:
             gamma = gamma * weight[..., None, None]
             log_evidence = log_evidence * weight.unsqueeze(-1)
-        return Expectation(log_evidence.sum(1).T, self.count(prepared, gamma))
+        return Expectation(log_evidence.sum(1).T, count(gamma))
 
-    @abstractmethod
-    def count(self, prepared: Tensor, gamma: Tensor) -> Tensor:
-        """The statistics (R, B, K, S) of prepared items under γ, times their weights: (B, D, R, K)."""
+    def log_prior(self, parameters: Parameters) -> Tensor:
+        """log p(θ, π) in nats, (R, B): where images share π, divided among them."""
+        theta, log_mixing = parameters
+        log_prior = self.model.log_mixing_prior(log_mixing)
+        if self.model.mixing_kind == "learned":
+            log_prior = log_prior / log_prior.shape[-1]
+        return log_prior if self.model.prior == "flat" else log_prior + self.model.log_prior(theta)
 
-    @abstractmethod
-    def maximise(self, statistics: Tensor) -> Parameters:
-        """The parameters that maximise Q, from summed statistics (R, B, K, S)."""
+    def log_mixing(self, weight: Tensor) -> Tensor:
+        """The most probable log π from what each component owns: (R, B, K) -> (R, B, K)."""
+        if self.model.mixing_kind == "uniform":
+            return torch.zeros_like(weight).log_softmax(-1)
+        if self.model.mixing_kind == "learned":
+            weight = weight.sum(1, keepdim=True).expand_as(weight)
+        weight = weight + (self.model.mixing_concentration - 1)
+        return (weight / weight.sum(-1, keepdim=True)).log()
 
 
 Rule = TypeVar("Rule", bound=type[MStep])
-_RULES: dict[tuple[type, type], type[MStep]] = {}
+_RULES: dict[tuple[type, type, type | str], type[MStep]] = {}
 
 
-def register_m_step(decoder: type[decoders.Decoder], likelihood: type[Likelihood]) -> Callable[[Rule], Rule]:
+def register_m_step(
+    decoder: type[decoders.Decoder], likelihood: type[Likelihood], prior: type[Prior] | str = "flat"
+) -> Callable[[Rule], Rule]:
     """Registers the decorated `MStep` for models of these parts and their subclasses, as ``register_kl`` does."""
 
     def register(rule: Rule) -> Rule:
-        _RULES[decoder, likelihood] = rule
+        _RULES[decoder, likelihood, prior] = rule
         return rule
 
     return register
@@ -90,66 +134,22 @@ def find_m_step(model: SpatialMixture) -> type[MStep]:
     """The rule registered for the closest base classes of the model's parts.
 
     Raises:
-        StrategyError: there is none, or the model has an ownership term or a prior on θ.
+        StrategyError: there is none, or the model has an ownership term.
     """
-    if model.owned or model.prior != "flat":
+    if model.owned:
         raise StrategyError(
-            "no closed-form M-step for a model with ownership or a prior on θ: leave pixel_prior and prior out, or use "
-            "NEM or RNNEM with a neural decoder"
+            "no closed-form M-step for a model with ownership: leave pixel_prior out, or use GradientEM, or NEM or "
+            "RNNEM with a neural decoder"
         )
+    priors = [model.prior] if isinstance(model.prior, str) else type(model.prior).__mro__
     for decoder in type(model.decoder).__mro__:
         for likelihood in type(model.likelihood).__mro__:
-            if (decoder, likelihood) in _RULES:
-                return _RULES[decoder, likelihood]
+            for prior in priors:
+                if (decoder, likelihood, prior) in _RULES:
+                    return _RULES[decoder, likelihood, prior]
+    prior = model.prior if isinstance(model.prior, str) else type(model.prior).__name__
     raise StrategyError(
-        f"no closed-form M-step for {type(model.decoder).__name__} and {type(model.likelihood).__name__}: use NEM or "
-        "RNNEM with a neural decoder, an exponential family with a constant one, or add a rule by register_m_step"
+        f"no closed-form M-step for {type(model.decoder).__name__}, {type(model.likelihood).__name__} and the prior "
+        f"{prior}: use GradientEM, or NEM or RNNEM with a neural decoder; MultivariateNormal or another exponential "
+        "family with decoders.Constant; or add a rule by register_m_step"
     )
-
-
-@register_m_step(decoders.Constant, ExponentialFamily)  # type: ignore[type-abstract]
-class MatchMoments(MStep):
-    """The M-step of every exponential family: match the γ-weighted mean of T(x).
-
-    Both steps are one matrix product against [T(x), 1], of items taken relative to an origin among them.
-    """
-
-    def __init__(self, model: SpatialMixture, x: Tensor):
-        super().__init__(model, x)
-        assert isinstance(model.likelihood, ExponentialFamily)
-        self.family = model.likelihood
-        self.origin = self.family.origin(x)
-
-    def prepare(self, x: Tensor) -> Tensor:
-        x = x - self.origin
-        base = self.family.log_base_measure(x).unsqueeze(-1)
-        return torch.cat([self.family.statistics(x), torch.ones_like(base), base], -1)
-
-    def score(self, parameters: Parameters) -> Callable[[Tensor], Tensor]:
-        R, _, K, _ = parameters.theta.shape
-        eta, log_partition = self.family.natural(self.family.translate(parameters.theta, -self.origin))
-        constant = (parameters.log_mixing - log_partition).unsqueeze(-1)
-        # [η, log π − A, 1] against [T(x), 1, log h(x)].
-        coefficients = torch.cat([eta, constant, torch.ones_like(constant)], -1).transpose(0, 1).flatten(1, 2)
-        coefficients = coefficients.transpose(-1, -2).contiguous()
-        return lambda prepared: (prepared @ coefficients).unflatten(-1, (R, K))
-
-    def count(self, prepared: Tensor, gamma: Tensor) -> Tensor:
-        statistics = gamma.flatten(-2).transpose(-1, -2) @ prepared[..., :-1]
-        return statistics.unflatten(1, gamma.shape[-2:]).transpose(0, 1)
-
-    def maximise(self, statistics: Tensor) -> Parameters:
-        total, weight = statistics[..., :-1], statistics[..., -1]
-        # A component that owns nothing gets the parameters of the whole, at a weight of zero.
-        empty = (weight <= torch.finfo(weight.dtype).eps * weight.sum(-1, keepdim=True)).unsqueeze(-1)
-        whole = total.sum(-2, keepdim=True) / weight.sum(-1)[..., None, None]
-        mean = torch.where(empty, whole, total / weight.unsqueeze(-1))
-        theta = self.family.translate(self.family.match(mean, weight), self.origin)
-        return Parameters(theta, self._log_mixing(weight))
-
-    def _log_mixing(self, weight: Tensor) -> Tensor:
-        if self.model.mixing_kind == "uniform":
-            return torch.zeros_like(weight).log_softmax(-1)
-        if self.model.mixing_kind == "learned":
-            weight = weight.sum(1, keepdim=True).expand_as(weight)
-        return (weight / weight.sum(-1, keepdim=True)).log()

@@ -4,7 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["nearest", "seeds"]
+from pnem.inference.errors import StrategyError
+from pnem.models import SpatialMixture
+
+__all__ = ["check_given", "nearest", "seeds"]
 
 
 def seeds(x: Tensor, weight: Tensor, K: int, *, far: bool) -> Tensor:
@@ -31,3 +34,32 @@ def nearest(x: Tensor, seeds: Tensor) -> Tensor:
     # Relative to a seed, for distances between items far from zero would cancel.
     owner = torch.cdist(x - seeds[:, :1], seeds - seeds[:, :1]).argmin(-1)
     return F.one_hot(owner, seeds.shape[1]).to(x.dtype).transpose(-1, -2)
+
+
+def check_given(
+    model: SpatialMixture,
+    x: Tensor,
+    *,
+    local: bool,
+    gamma: Tensor | None = None,
+    theta: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> None:
+    """Raises `StrategyError` unless a given start and weights fit images `x` (B, D, C)."""
+    B, D, K, M = len(x), x.shape[-2], model.num_components, model.latent_features
+    if B * D < 1:
+        raise StrategyError(f"x has shape {tuple(x.shape)}: give at least one item")
+    if not local and (gamma is not None or theta is not None):
+        raise StrategyError("factor analysis starts at random loadings: leave gamma and theta out")
+    if not local and D > 1 and weight is not None:
+        raise StrategyError("weights are of items, and here an item is an image: give images of one pixel")
+    given = {"gamma": (gamma, (B, K, D)), "theta": (theta, (B, K, M)), "weight": (weight, (B, D))}
+    for name, (value, shape) in given.items():
+        if value is not None and value.shape != shape:
+            raise StrategyError(f"{name} has shape {tuple(value.shape)}, but these images need {shape}")
+        if value is not None and not bool(value.isfinite().all()):
+            raise StrategyError(f"{name} holds values that are NaN or infinite")
+    if gamma is not None and not bool((gamma >= 0).all() & (gamma.sum((-1, -2)) > 0).all()):
+        raise StrategyError("gamma must be at least 0 and not all 0")
+    if weight is not None and not bool((weight >= 0).all() & (weight.sum(-1) > 0).all()):
+        raise StrategyError("weights must be at least 0 and not all 0")

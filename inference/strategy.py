@@ -134,9 +134,14 @@ class Strategy(Configured, nn.Module, ABC):
     def elbo(self, state: State) -> Tensor:
         """The ELBO of `guide_at(state)`, z summed out, in nats per image: (B,).
 
-        For a Delta guide that is log p(x | θ) + log p(θ): a plug-in value, not a bound on log p(x).
+        For a Delta guide that is log p(x | θ) + log p(θ): a plug-in value, not a bound on log p(x). A prior on π adds
+        log p(π), which images that share π share.
         """
-        return state.log_evidence + self.model.log_prior(state.theta)
+        elbo = state.log_evidence + self.model.log_prior(state.theta)
+        if self.model.mixing_concentration == 1:
+            return elbo
+        log_prior = self.model.log_mixing_prior(state.log_mixing)
+        return elbo + (log_prior / len(log_prior) if self.model.mixing_kind == "learned" else log_prior)
 
     def forward(self, x: Tensor) -> Tensor:
         """The Pyro guide: unrolls on `x` (B, D, C) and samples θ at the last state."""
