@@ -1,6 +1,7 @@
 """Data sets of images with a true grouping of their pixels: read, written and generated."""
 
 from pnem.data.hdf5 import MEMORY_LIMIT, Batch, ImageDataset
+from pnem.data.rows import Rows
 from pnem.data.shapes import OUTLINES, LabelledImages, static_shapes, write_static_shapes
 from pnem.data.writing import write_hdf5
 
@@ -10,6 +11,7 @@ __all__ = [
     "Batch",
     "ImageDataset",
     "LabelledImages",
+    "Rows",
     "static_shapes",
     "write_hdf5",
     "write_static_shapes",
