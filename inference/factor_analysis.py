@@ -60,7 +60,8 @@ class FactorAnalysis(MStep):
         p, M = self.variance.shape[-1], self.num_factors
         scale = (self.variance / M).sqrt()
         W = torch.randn(restarts, p, M, dtype=scale.dtype, device=scale.device) * scale.unsqueeze(-1)
-        return self._pack(W, torch.zeros_like(self.mean).expand(restarts, -1), self.variance.expand(restarts, -1))
+        noise = self._noise(self.variance, torch.ones_like(self.variance))
+        return self._pack(W, torch.zeros_like(self.mean), noise)
 
     def current(self) -> Parameters:
         """The model's own."""
@@ -172,9 +173,11 @@ class FactorAnalysis(MStep):
             return self._spread(self.likelihood.sigma.detach().double().square()).expand_as(residual)
         channels = (-1, self.model.num_channels)
         residual, count = residual.unflatten(-1, channels).sum(1), count.unflatten(-1, channels).sum(1)
-        smallest = FLOOR * self.variance[0].unflatten(-1, channels).mean(0)
+        variance = self.variance[0].unflatten(-1, channels).mean(0)
+        # A constant feature has no variance of its own.
+        smallest = FLOOR * torch.where(variance > 0, variance, variance.mean().clamp_min(FLOOR))
         if not self.likelihood.log_sigma.dim():
             residual, count = residual.sum(-1, keepdim=True), count.sum(-1, keepdim=True)
             smallest = smallest.mean(-1, keepdim=True)
-        noise = torch.maximum(residual / count, smallest.clamp_min(torch.finfo(residual.dtype).tiny))
+        noise = torch.maximum(residual / count, smallest)
         return noise.repeat(1, self.mean.shape[-1] // noise.shape[-1])

@@ -61,5 +61,6 @@ def check_given(
             raise StrategyError(f"{name} holds values that are NaN or infinite")
     if gamma is not None and not bool((gamma >= 0).all() & (gamma.sum((-1, -2)) > 0).all()):
         raise StrategyError("gamma must be at least 0 and not all 0")
-    if weight is not None and not bool((weight >= 0).all() & (weight.sum(-1) > 0).all()):
+    totals = None if weight is None else weight.sum(-1) if local else weight.sum()
+    if weight is not None and totals is not None and not bool((weight >= 0).all() & (totals > 0).all()):
         raise StrategyError("weights must be at least 0 and not all 0")
