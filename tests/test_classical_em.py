@@ -22,10 +22,12 @@ from pnem.models import (
     Bernoulli,
     Binomial,
     Categorical,
+    ExponentialFamily,
     Likelihood,
     MultivariateNormal,
     Poisson,
     SpatialMixture,
+    StudentT,
     decoders,
 )
 
@@ -41,6 +43,9 @@ FAMILIES = {
     "bernoulli": Bernoulli,
     "binomial": lambda: Binomial(5),
     "categorical": lambda: Categorical(3),
+    **{f"student-t, {name}": functools.partial(StudentT, name, floor=0.0) for name in COVARIANCES},
+    "student-t, shared": lambda: StudentT(shared=True, floor=0.0),
+    "student-t, given": lambda: StudentT("tied", degrees_of_freedom=3.0, floor=0.0),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -432,6 +437,8 @@ def test_psi_holds_a_mean_and_a_covariance():
 @every_family
 def test_natural_form_and_log_prob_agree(family):
     likelihood = FAMILIES[family]()
+    if not isinstance(likelihood, ExponentialFamily):
+        pytest.skip("not an exponential family")
     x, psi = items(family, D=10), torch.randn(likelihood.num_parameters(2))
     eta, log_partition = likelihood.natural(psi)
     natural = (likelihood.statistics(x) * eta).sum(-1) - log_partition.sum(-1) + likelihood.log_base_measure(x)
