@@ -205,7 +205,8 @@ class SpatialMixture(Configured, nn.Module):
 
     def log_prior(self, theta: Tensor) -> Tensor:
         """log p(θ) in nats per image, zero where the prior is flat: (..., K, M) -> (...)."""
-        return self._prior().log_prob(theta).sum(-1)
+        # Pyro gives a masked density in the default dtype.
+        return self._prior().log_prob(theta).sum(-1).to(theta.dtype)
 
     def log_mixing_prior(self, log_mixing: Tensor) -> Tensor:
         """log p(π) in nats, zero where the prior is flat: (..., K) -> (...)."""

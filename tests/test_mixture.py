@@ -221,3 +221,10 @@ def test_another_models_parameters_in_pyros_store_are_noticed():
     MODELS["owned Bernoulli"]()(images(1))
     with pytest.raises(ModelError, match="clear_param_store"):
         MODELS["owned Bernoulli"]()(images(1))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("prior", ["flat", "standard_normal"])
+def test_the_prior_keeps_the_precision_of_theta(prior):
+    model = SpatialMixture(decoders.Linear(3, (2, 2, 1)), Bernoulli(), 2, prior=prior).float()
+    assert model.log_prior(torch.zeros(1, 2, 3, dtype=torch.float32)).dtype == torch.float32
