@@ -59,8 +59,8 @@ def fit(
 
     Raises:
         DataError: the data do not fit the model, or hold fewer images than a batch.
-        RunError: `out` exists (without `resume`), is corrupt, or belongs to another model; the strategy has nothing
-            to train; or the loss is not finite.
+        RunError: `out` exists (without `resume`), is corrupt, or belongs to another model; there is nothing to
+            train; or the loss is not finite.
         DeviceError: no such device or precision.
         KeyboardInterrupt: with `out`, the message says how to resume; nothing up to the last epoch is lost.
     """
@@ -68,6 +68,11 @@ def fit(
         raise RunError("the strategy was built on another model than the one given to fit: build it on this one")
     if isinstance(strategy, ClassicalEM):
         raise RunError("classical EM has nothing to train: give the items to strategy.infer(x), which fits them")
+    if not any(parameter.requires_grad for part in (model, strategy) for parameter in part.parameters()):
+        raise RunError(
+            "neither the model nor the strategy has a parameter, so there is nothing to train: "
+            "give the images to strategy.infer(x)"
+        )
     training = _training_settings(settings)
     device = resolve_device(training.device)
     objective = ELBO("ramp") if objective is None else objective
