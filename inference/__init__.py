@@ -3,6 +3,7 @@
 from pnem.inference import encoders
 from pnem.inference.classical_em import ClassicalEM, ConvergenceWarning, Fit
 from pnem.inference.factor_analysis import FactorAnalysis
+from pnem.inference.gradient_em import GradientEM
 from pnem.inference.m_steps import MStep, Parameters, register_m_step
 from pnem.inference.match_moments import MatchMoments
 from pnem.inference.n_em import NEM
@@ -23,6 +24,7 @@ __all__ = [
     "ConvergenceWarning",
     "FactorAnalysis",
     "Fit",
+    "GradientEM",
     "Losses",
     "MStep",
     "MaskedUniform",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pnem.inference import NEM, RNNEM, BitFlip, MaskedUniform, Strategy, encoders
+from pnem.inference import NEM, RNNEM, BitFlip, GradientEM, MaskedUniform, Strategy, encoders
 from pnem.models import Bernoulli, Normal, SpatialMixture, decoders
 
 STRATEGIES: dict[str, Callable[[SpatialMixture], Strategy]] = {
@@ -22,6 +22,7 @@ STRATEGIES: dict[str, Callable[[SpatialMixture], Strategy]] = {
     "rnn-em, greff2017": lambda model: RNNEM(model, iterations=3, layer_norm=True, e_step="greff2017"),
     "n-em": lambda model: NEM(model, step_size=0.3, iterations=4, noise=MaskedUniform(0.1)),
     "n-em, greff2017": lambda model: NEM(model, step_size=0.3, iterations=3, e_step="greff2017"),
+    "gradient em": lambda model: GradientEM(model, iterations=3, steps=3),
 }
 
 MODELS: dict[str, Callable[..., SpatialMixture]] = {
