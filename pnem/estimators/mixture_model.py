@@ -144,8 +144,7 @@ class MixtureModel(DensityMixin, BaseEstimator):
         )
         decoder = decoders.Constant(likelihood.num_parameters(X.shape[1]))
         if self.n_components > 1 and self.init_params != "random":
-            # Seeds are drawn by cumulative weight, which in this order is the same for equal data.
-            order = np.lexsort(X.T[::-1])
+            order = _order(X)
             X, weight = X[order], None if weight is None else weight[order]
         fitted = run_em(
             lambda: SpatialMixture(decoder, likelihood, int(self.n_components), mixing="learned"),
@@ -248,3 +247,12 @@ class MixtureModel(DensityMixin, BaseEstimator):
         if self.verbose > 0:
             ending = "converged" if self.converged_ else "not converged"
             print(f"{ending} after {self.n_iter_} iterations, lower bound {self.lower_bound_:.6g} nats per sample")
+
+
+def _order(X: np.ndarray) -> np.ndarray:
+    """An order of the samples (N,) that equal data in another order share, so that the seeds drawn from it are equal.
+
+    That of a projection, where a missing value is a number that no data hold: sorting by all features takes far longer.
+    """
+    direction = np.random.default_rng(0).normal(size=X.shape[1])
+    return np.argsort(np.where(np.isnan(X), math.pi, X) @ direction)
