@@ -25,6 +25,10 @@ def half_log_det(lower: Tensor) -> Tensor:
 
 def squared_distance(difference: Tensor, lower: Tensor) -> Tensor:
     """Mahalanobis' |L⁻¹ d|²: (..., C), (..., C, C) -> (...)."""
+    if lower.dim() > 2 and lower.shape[-3] == 1:
+        # The items of one matrix are the columns of a single equation.
+        white = torch.linalg.solve_triangular(lower.squeeze(-3), difference.transpose(-1, -2), upper=False)
+        return white.square().sum(-2)
     return torch.linalg.solve_triangular(lower, difference.unsqueeze(-1), upper=False).squeeze(-1).square().sum(-1)
 
 
