@@ -4,11 +4,12 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.utils import check_array
 
 from pnem.errors import DataError, ModelError
 
-__all__ = ["require_choice", "require_integer", "require_real", "sample_weights"]
+__all__ = ["require_choice", "require_integer", "require_real", "require_values", "sample_weights"]
 
 
 def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
@@ -29,7 +30,18 @@ def require_real(name: str, value: object) -> None:
         raise ModelError(f"{name} must be a finite number of at least 0, but is {value!r}")
 
 
-def sample_weights(sample_weight: object, n_samples: int) -> np.ndarray | None:
+def require_values(x: np.ndarray, *, features: bool) -> None:
+    """Raises `DataError` unless every sample of x (N, C), and with `features` every feature, has a value."""
+    missing = np.isnan(x)
+    for name, empty in (("samples", missing.all(1)), ("features", missing.all(0) & features)):
+        if empty.any():
+            raise DataError(
+                f"{empty.sum()} {name} have no value at all, only NaN, the first at index {empty.argmax()}: leave them "
+                "out"
+            )
+
+
+def sample_weights(sample_weight: ArrayLike | None, n_samples: int) -> np.ndarray | None:
     """The weights of the samples in double precision, (N,); None for None.
 
     Raises:

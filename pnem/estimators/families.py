@@ -7,25 +7,25 @@ import torch
 from torch import Tensor
 
 from pnem.estimators.checks import require_choice, require_integer, require_real
-from pnem.models import Bernoulli, Binomial, Categorical, Likelihood, MultivariateNormal, Poisson
+from pnem.models import Bernoulli, Binomial, Categorical, Likelihood, MultivariateNormal, Poisson, StudentT
 
 __all__ = ["COVARIANCES", "LIKELIHOODS", "NON_NEGATIVE", "attributes", "count_parameters", "declare"]
 
-LIKELIHOODS = ("gaussian", "poisson", "bernoulli", "binomial", "categorical")
+LIKELIHOODS = ("gaussian", "student-t", "poisson", "bernoulli", "binomial", "categorical")
 NON_NEGATIVE = ("poisson", "bernoulli", "binomial", "categorical")
 COVARIANCES = {"full": "full", "tied": "tied", "diag": "diagonal", "spherical": "spherical"}
 
 
 def declare(
     likelihood: str,
-    X: np.ndarray,
+    x: np.ndarray,
     *,
     covariance_type: str,
     reg_covar: float,
     n_trials: int | None,
     n_categories: int | None,
 ) -> Likelihood:
-    """The likelihood of this name for data X (N, C).
+    """The likelihood of this name for data x (N, C).
 
     Raises:
         ModelError: an unknown name or a parameter out of its range.
@@ -40,12 +40,13 @@ def declare(
         return Binomial(int(n_trials or 0))
     if likelihood == "categorical":
         if n_categories is None:
-            n_categories = max(2, int(np.nanmax(X, initial=1)) + 1)
+            n_categories = max(2, int(np.nanmax(x, initial=1)) + 1)
         require_integer("n_categories", n_categories, 2)
         return Categorical(int(n_categories))
     require_choice("covariance_type", covariance_type, COVARIANCES)
     require_real("reg_covar", reg_covar)
-    return MultivariateNormal(COVARIANCES[covariance_type], floor=float(reg_covar))
+    family = MultivariateNormal if likelihood == "gaussian" else StudentT
+    return family(COVARIANCES[covariance_type], floor=float(reg_covar))
 
 
 @singledispatch
@@ -61,6 +62,16 @@ def _(likelihood: MultivariateNormal, theta: Tensor) -> dict[str, np.ndarray]:
         "means_": mean.numpy(),
         "covariances_": _in_its_shape(likelihood.covariance, lower @ lower.mT),
         "precisions_": _in_its_shape(likelihood.covariance, torch.cholesky_inverse(lower)),
+    }
+
+
+@attributes.register
+def _(likelihood: StudentT, theta: Tensor) -> dict[str, np.ndarray]:
+    location, lower = likelihood.moments(theta)
+    return {
+        "means_": location.numpy(),
+        "scales_": _in_its_shape(likelihood.normal.covariance, lower @ lower.mT),
+        "degrees_of_freedom_": likelihood.degrees_of_freedom(theta).numpy(),
     }
 
 
@@ -101,6 +112,8 @@ def count_parameters(likelihood: Likelihood, K: int, C: int) -> int:
     """The number of free parameters of K components of C features, mixing weights not included."""
     if isinstance(likelihood, Categorical):
         return K * C * (likelihood.categories - 1)
+    if isinstance(likelihood, StudentT):
+        return count_parameters(likelihood.normal, K, C) + K
     if isinstance(likelihood, MultivariateNormal) and likelihood.covariance == "tied":
         return K * C + C * (C + 1) // 2
     return K * likelihood.num_parameters(C)

@@ -19,7 +19,7 @@ __all__ = ["Fitted", "run_em", "tensor"]
 
 
 class Fitted(NamedTuple):
-    """The fitted model and θ (B, K, M), on the CPU; the evidence at each iteration, in nats, (T,); if it converged."""
+    """The model and θ, on the CPU; the evidence of the whole at each iteration, in nats, (T,); and if it converged."""
 
     model: SpatialMixture
     theta: Tensor
@@ -44,6 +44,7 @@ def run_em(
     n_init: int = 1,
     random_state: int | np.random.RandomState | None = None,
     device: str = "cpu",
+    progress: bool = False,
 ) -> Fitted:
     """Fits a model in double precision, and leaves torch's random state as it was.
 
@@ -57,6 +58,7 @@ def run_em(
         n_init: so many starts, of which the best is kept.
         random_state: as everywhere in scikit-learn.
         device: where to compute, as of `resolve_device`.
+        progress: whether to show a progress bar.
 
     Warns:
         sklearn.exceptions.ConvergenceWarning: the evidence still changed by more than tol.
@@ -71,19 +73,12 @@ def run_em(
         torch.manual_seed(seed)
         model = declare().to(where, torch.float64)
         strategy = ClassicalEM(model, iterations=max_iter, tol=tol, initial=initial)
-        theta, trace, converged = _fit(strategy, x_there, n_init, weight_there)
-    if not converged:
+        fit = strategy.fit(x_there, restarts=n_init, weight=weight_there, progress=progress)
+    if not fit.converged:
         warnings.warn(
-            f"EM did not converge within tol={tol:g} in {len(trace)} iterations: raise max_iter or tol, or try other "
-            "starts",
+            f"EM did not converge within tol={tol:g} in {len(fit.elbo_trace)} iterations: raise max_iter or tol, or "
+            "try other starts",
             ConvergenceWarning,
             stacklevel=3,
         )
-    return Fitted(model.cpu(), theta.cpu(), trace.sum(-1).cpu().numpy(), converged)
-
-
-def _fit(strategy: ClassicalEM, x: Tensor, restarts: int, weight: Tensor | None) -> tuple[Tensor, Tensor, bool]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", pnem.inference.ConvergenceWarning)
-        posterior = strategy.infer(x, restarts=restarts, weight=weight)
-    return posterior.theta, posterior.elbo_trace, not caught
+    return Fitted(model.cpu(), fit.theta.cpu(), fit.elbo_trace.sum(-1).cpu().numpy(), fit.converged)

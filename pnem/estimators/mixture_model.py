@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pnem.devices import forked_rng, resolve_device
 from pnem.errors import DataError
-from pnem.estimators.checks import require_choice, require_integer, require_real, sample_weights
+from pnem.estimators.checks import require_choice, require_integer, require_real, require_values, sample_weights
 from pnem.estimators.families import NON_NEGATIVE, attributes, count_parameters, declare
 from pnem.estimators.fitting import run_em, tensor
 from pnem.models import SpatialMixture, decoders
@@ -32,33 +33,40 @@ class MixtureModel(DensityMixin, BaseEstimator):
 
         p(x_i) = Σ_k π_k p(x_i | θ_k)
 
+    NaN in X is a missing value: fits, scores and labels are those of the observed values, exactly.
+
     A fit depends on `random_state` and the samples, but not on their order, and a sample of weight n counts as n equal
     ones; but for ``init_params="random"``, which draws numbers for every sample.
 
     Args:
         n_components: K.
-        likelihood: ``"gaussian"``; ``"poisson"`` for counts; ``"bernoulli"`` for bits, or grey values in [0, 1];
-            ``"binomial"`` for counts among `n_trials`; ``"categorical"`` for codes 0, 1, ... of categories. Features
-            are independent within a component, but for Gaussians as `covariance_type` says.
-        covariance_type: of a Gaussian: ``"full"``, ``"tied"``, ``"diag"`` or ``"spherical"``.
+        likelihood: ``"gaussian"``; ``"student-t"``, which outliers move little; ``"poisson"`` for counts;
+            ``"bernoulli"`` for bits, or grey values in [0, 1]; ``"binomial"`` for counts among `n_trials`;
+            ``"categorical"`` for codes 0, 1, ... of categories. Features are independent within a component, but for
+            Gaussian and Student t ones as `covariance_type` says.
+        covariance_type: of a Gaussian, or of a Student t's scale matrix: ``"full"``, ``"tied"``, ``"diag"`` or
+            ``"spherical"``.
         n_trials: of the binomial, n.
         n_categories: of the categorical; None for one more than the largest code in the data.
         tol: stop when the lower bound rises by less than this, in nats per sample.
-        reg_covar: added to the variances of a Gaussian, so that no component collapses onto a point.
+        reg_covar: added to the variances of a Gaussian or a scale matrix, so that no component collapses onto a point.
         max_iter: at most this many iterations.
         n_init: so many starts, computed as one batch; the best is kept.
         init_params: where to start: ``"k-means++"`` or ``"random_from_data"``, each sample at the nearest of K seeds
             that are far from one another or random; ``"random"``, random responsibilities.
         random_state: seeds the starts and `sample`.
         device: where to compute: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"``, a GPU if there is one.
-        verbose: 1 prints how the fit ended; 2 also its lower bound at every iteration.
+        verbose: above 0, a progress bar.
 
     Attributes:
         weights_: π, (K,).
-        means_: the means of the components, (K, C). Not of categorical ones.
+        means_: the means of the components, (K, C), of Student t ones their locations. Not of categorical ones.
         covariances_: the covariances of Gaussian components: (K, C, C) if full, (C, C) if tied, (K, C) if diagonal,
             (K,) if spherical.
         precisions_: their inverses, in the same shapes.
+        scales_: the scale matrices of Student t components, in the same shapes; the covariance is ν / (ν − 2) times
+            this where ν > 2, and infinite where not.
+        degrees_of_freedom_: ν of Student t components, (K,).
         probabilities_: of Bernoulli and binomial components (K, C), of categorical ones (K, C, categories).
         converged_: whether the lower bound came to rest within `tol`.
         n_iter_: the number of iterations.
@@ -109,7 +117,7 @@ class MixtureModel(DensityMixin, BaseEstimator):
         self.device = device
         self.verbose = verbose
 
-    def fit(self, X: object, y: object = None, sample_weight: object = None) -> "MixtureModel":
+    def fit(self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None) -> "MixtureModel":
         """Fits the mixture to data X (N, C).
 
         Args:
@@ -118,37 +126,38 @@ class MixtureModel(DensityMixin, BaseEstimator):
             sample_weight: how often each sample counts, (N,); once when None.
 
         Raises:
-            ValueError: X is no finite table of numbers, or not of the likelihood's support; there are fewer samples
-                than components; the weights do not fit; or a parameter is out of its range.
+            ValueError: X is no table of numbers that are finite or NaN, or not of the likelihood's support; a sample
+                or a feature has no value at all; there are fewer samples than components; the weights do not fit; or a
+                parameter is out of its range.
 
         Warns:
             sklearn.exceptions.ConvergenceWarning: the lower bound still changed by more than `tol`.
         """
         self._check_parameters()
-        X = self._validate(X, reset=True)
-        weight = sample_weights(sample_weight, len(X))
+        x = self._validate(X, reset=True)
+        weight = sample_weights(sample_weight, len(x))
         if weight is not None:
-            X, weight = X[weight > 0], weight[weight > 0]
-        if len(X) < self.n_components:
+            x, weight = x[weight > 0], weight[weight > 0]
+        if len(x) < self.n_components:
             raise DataError(
-                f"n_components={self.n_components} needs n_samples >= n_components, but got n_samples = {len(X)}"
+                f"n_components={self.n_components} needs n_samples >= n_components, but got n_samples = {len(x)}"
                 + ("" if weight is None else " of weight above zero")
             )
         likelihood = declare(
             self.likelihood,
-            X,
+            x,
             covariance_type=self.covariance_type,
             reg_covar=self.reg_covar,
             n_trials=self.n_trials,
             n_categories=self.n_categories,
         )
-        decoder = decoders.Constant(likelihood.num_parameters(X.shape[1]))
+        decoder = decoders.Constant(likelihood.num_parameters(x.shape[1]))
         if self.n_components > 1 and self.init_params != "random":
-            order = _order(X)
-            X, weight = X[order], None if weight is None else weight[order]
+            order = _order(x)
+            x, weight = x[order], None if weight is None else weight[order]
         fitted = run_em(
             lambda: SpatialMixture(decoder, likelihood, int(self.n_components), mixing="learned"),
-            X[None],
+            x[None],
             None if weight is None else weight[None],
             max_iter=int(self.max_iter),
             tol=float(self.tol),
@@ -156,6 +165,7 @@ class MixtureModel(DensityMixin, BaseEstimator):
             n_init=int(self.n_init),
             random_state=self.random_state,
             device=self.device,
+            progress=self.verbose > 0,
         )
         self.model_ = fitted.model
         self.theta_ = fitted.theta[0]
@@ -163,38 +173,37 @@ class MixtureModel(DensityMixin, BaseEstimator):
         for name, value in attributes(self.model_.likelihood, self.theta_).items():
             setattr(self, name, value)
         self.converged_ = fitted.converged
-        self.lower_bounds_ = fitted.evidence / (len(X) if weight is None else weight.sum())
+        self.lower_bounds_ = fitted.evidence / (len(x) if weight is None else weight.sum())
         self.lower_bound_ = float(self.lower_bounds_[-1])
         self.n_iter_ = len(self.lower_bounds_)
-        self._report()
         return self
 
-    def fit_predict(self, X: object, y: object = None, sample_weight: object = None) -> np.ndarray:
+    def fit_predict(self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None) -> np.ndarray:
         """Fits the mixture, and returns the label of each sample, (N,)."""
         return self.fit(X, y, sample_weight).predict(X)
 
-    def predict(self, X: object) -> np.ndarray:
+    def predict(self, X: ArrayLike) -> np.ndarray:
         """The most probable component of each sample: (N, C) -> (N,)."""
         return self._log_joint(X).argmax(-1).numpy()
 
-    def predict_proba(self, X: object) -> np.ndarray:
+    def predict_proba(self, X: ArrayLike) -> np.ndarray:
         """p(z_i = k | x_i): (N, C) -> (N, K)."""
         return self._log_joint(X).softmax(-1).numpy()
 
-    def score_samples(self, X: object) -> np.ndarray:
+    def score_samples(self, X: ArrayLike) -> np.ndarray:
         """log p(x_i) in nats: (N, C) -> (N,)."""
         return self._log_joint(X).logsumexp(-1).numpy()
 
-    def score(self, X: object, y: object = None) -> float:
+    def score(self, X: ArrayLike, y: object = None) -> float:
         """The mean of log p(x_i), in nats per sample."""
         return float(self.score_samples(X).mean())
 
-    def bic(self, X: object) -> float:
+    def bic(self, X: ArrayLike) -> float:
         """The Bayesian information criterion on X, in twice nats; lower is better (Schwarz 1978)."""
         log_likelihood = self.score_samples(X)
         return -2 * float(log_likelihood.sum()) + self._count_parameters() * math.log(len(log_likelihood))
 
-    def aic(self, X: object) -> float:
+    def aic(self, X: ArrayLike) -> float:
         """Akaike's information criterion on X, in twice nats; lower is better."""
         return -2 * float(self.score_samples(X).sum()) + 2 * self._count_parameters()
 
@@ -212,6 +221,7 @@ class MixtureModel(DensityMixin, BaseEstimator):
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
         tags.input_tags.positive_only = self.likelihood in NON_NEGATIVE
         tags.input_tags.categorical = self.likelihood == "categorical"
         return tags
@@ -222,11 +232,15 @@ class MixtureModel(DensityMixin, BaseEstimator):
         require_real("tol", self.tol)
         require_choice("init_params", self.init_params, INITS)
 
-    def _validate(self, X: object, *, reset: bool) -> np.ndarray:
+    def _validate(self, X: ArrayLike, *, reset: bool) -> np.ndarray:
         positive = self.__sklearn_tags__().input_tags.positive_only
-        return validate_data(self, X, reset=reset, dtype=np.float64, ensure_non_negative=positive)
+        x = validate_data(
+            self, X, reset=reset, dtype=np.float64, ensure_all_finite="allow-nan", ensure_non_negative=positive
+        )
+        require_values(x, features=reset)
+        return x
 
-    def _log_joint(self, X: object) -> Tensor:
+    def _log_joint(self, X: ArrayLike) -> Tensor:
         """log p(x_i, z_i = k): (N, K)."""
         check_is_fitted(self)
         where = resolve_device(self.device)
@@ -239,14 +253,6 @@ class MixtureModel(DensityMixin, BaseEstimator):
     def _count_parameters(self) -> int:
         components = count_parameters(self.model_.likelihood, self.n_components, self.n_features_in_)
         return components + self.n_components - 1
-
-    def _report(self) -> None:
-        if self.verbose > 1:
-            for iteration, bound in enumerate(self.lower_bounds_, 1):
-                print(f"iteration {iteration}: lower bound {bound:.6g}")
-        if self.verbose > 0:
-            ending = "converged" if self.converged_ else "not converged"
-            print(f"{ending} after {self.n_iter_} iterations, lower bound {self.lower_bound_:.6g} nats per sample")
 
 
 def _order(X: np.ndarray) -> np.ndarray:
