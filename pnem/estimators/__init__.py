@@ -11,6 +11,7 @@ pickled, and used in a ``Pipeline`` or a ``GridSearchCV``.
 True
 """
 
+from pnem.estimators.factor_analysis import FactorAnalysis
 from pnem.estimators.mixture_model import MixtureModel
 
-__all__ = ["MixtureModel"]
+__all__ = ["FactorAnalysis", "MixtureModel"]
