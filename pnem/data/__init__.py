@@ -1,8 +1,9 @@
-"""Data sets of images with a true grouping of their pixels: read, written and generated."""
+"""Data sets of images with a true grouping of their pixels: read, written and generated; and tables of numbers."""
 
 from pnem.data.hdf5 import MEMORY_LIMIT, Batch, ImageDataset
 from pnem.data.rows import Rows
 from pnem.data.shapes import OUTLINES, LabelledImages, static_shapes, write_static_shapes
+from pnem.data.tables import Table, read_table
 from pnem.data.writing import write_hdf5
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "ImageDataset",
     "LabelledImages",
     "Rows",
+    "Table",
+    "read_table",
     "static_shapes",
     "write_hdf5",
     "write_static_shapes",
