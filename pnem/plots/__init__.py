@@ -5,9 +5,19 @@ cell it is shown once, ``figure.savefig(path)`` writes it, and nothing is left t
 those of `STYLE` while a figure is made, and afterwards what they were.
 """
 
-from pnem.plots.curves import elbo_by_iteration, training_curves
+from pnem.plots.curves import bound, elbo_by_iteration, training_curves
 from pnem.plots.images import overview
+from pnem.plots.mixtures import mixture_1d, mixture_2d
 from pnem.plots.palette import component_colours
 from pnem.plots.style import STYLE
 
-__all__ = ["STYLE", "component_colours", "elbo_by_iteration", "overview", "training_curves"]
+__all__ = [
+    "STYLE",
+    "bound",
+    "component_colours",
+    "elbo_by_iteration",
+    "mixture_1d",
+    "mixture_2d",
+    "overview",
+    "training_curves",
+]

@@ -15,10 +15,11 @@ from pnem.plots.style import FAINT, STYLE, NotebookFigure
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
     from pnem.inference.posterior import Posterior
 
-__all__ = ["elbo_by_iteration", "training_curves"]
+__all__ = ["bound", "elbo_by_iteration", "training_curves"]
 
 V = TypeVar("V")
 
@@ -112,6 +113,39 @@ def elbo_by_iteration(
     axes.set(xlabel="iteration", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     return _finished(figure, [line for line, name in zip(axes.lines, by_name, strict=True) if name])
+
+
+@matplotlib.rc_context(STYLE)
+def bound(elbo_trace: "Tensor", num_items: float = 1.0, *, label: str = "bound  [nats per item]") -> Figure:
+    """How EM's bound rises: a line for each fit, against the iteration.
+
+    Args:
+        elbo_trace: what each E-step saw, in nats: (T,), or (T, B) of B fits.
+        num_items: how many items these nats are of, or the sum of their weights; 1 if they are of one item already.
+        label: what the bound is called.
+
+    Raises:
+        DataError: an `elbo_trace` that is empty or of another shape, or num_items is not positive.
+
+    >>> import torch
+    >>> bound(torch.tensor([-900.0, -500.0, -480.0]), 100).axes[0].lines[0].get_ydata().tolist()
+    [-9.0, -5.0, -4.8]
+    """
+    if elbo_trace.ndim not in (1, 2) or not elbo_trace.numel():
+        raise DataError(f"elbo_trace has shape {tuple(elbo_trace.shape)}, but this needs (T,) or (T, B), neither 0")
+    if not num_items > 0:
+        raise DataError(f"num_items must be positive, but is {num_items}")
+    values = elbo_trace.detach().cpu().double().numpy().reshape(len(elbo_trace), -1) / num_items
+    figure = NotebookFigure(figsize=(3.6, 2.6), layout="constrained")
+    axes = figure.add_subplot()
+    number = np.arange(1, len(values) + 1)
+    lines = values.shape[1]
+    for fit in values.T:
+        marker = "o" if len(values) == 1 else None
+        axes.plot(number, fit, color=component_colours(1)[0], alpha=max(0.15, lines**-0.5), marker=marker)
+    axes.set(xlabel="iteration", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    return _finished(figure, [])
 
 
 def _by_name(values: V | Mapping[str, V], name: str) -> Mapping[str, V]:
