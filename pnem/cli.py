@@ -1,4 +1,4 @@
-"""The command line: ``pnem data``, ``train``, ``evaluate``, ``infer``, ``demo``."""
+"""The command line: ``pnem data``, ``train``, ``evaluate``, ``infer``, ``em``, ``demo``."""
 
 import errno
 import json
@@ -11,6 +11,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from pnem import __version__
+from pnem.em_command import em
 from pnem.errors import PnemError, RunError
 
 __all__ = ["app", "main"]
@@ -235,6 +236,9 @@ def infer(
         progress=True,
     )
     _say(f"wrote gamma, labels and psi of {count} {split} images to {out}")
+
+
+app.command()(em)
 
 
 @app.command()

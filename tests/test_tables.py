@@ -67,7 +67,7 @@ class TestCSV:
     )
     def test_the_first_line_names_columns_unless_it_looks_like_data(self, tmp_path, text, names) -> None:
         if names is None:
-            with pytest.raises(DataError, match="row 0 .* has no value"):
+            with pytest.raises(DataError, match=r"row 0 .* has no value"):
                 read_table(csv(tmp_path, text))
         else:
             assert read_table(csv(tmp_path, text)).names == names
@@ -78,7 +78,9 @@ class TestCSV:
         np.testing.assert_array_equal(table.values, [[1, np.nan], [np.nan, 4]])
 
     def test_true_and_false_are_1_and_0(self, tmp_path) -> None:
-        np.testing.assert_array_equal(read_table(csv(tmp_path, "a,b\nTrue,1\n,2\nFalse,3")).values[:, 0], [1, np.nan, 0])
+        np.testing.assert_array_equal(
+            read_table(csv(tmp_path, "a,b\nTrue,1\n,2\nFalse,3")).values[:, 0], [1, np.nan, 0]
+        )
 
     def test_columns_are_read_in_the_order_asked_for(self, tmp_path) -> None:
         path = csv(tmp_path, "kind,a,b,w\nx,1,2,0\ny,3,4,5\n")
