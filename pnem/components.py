@@ -1,13 +1,14 @@
 """Likelihoods by name, and the parameters of fitted components in readable form."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from pnem.errors import ModelError
-from pnem.models import Bernoulli, Binomial, Categorical, MultivariateNormal, Poisson
+from pnem.models import Bernoulli, Binomial, Categorical, MultivariateNormal, Poisson, StudentT
 from pnem.models.likelihoods import Likelihood
 
 __all__ = ["LIKELIHOODS", "Described", "describe_component", "find_kind", "make_likelihood"]
@@ -22,10 +23,12 @@ class Described(NamedTuple):
     Attributes:
         parameters: what JSON can hold, by the parameter's usual name.
         cells: one short text for each column of the data.
+        others: short texts, by their names, of what belongs to no column.
     """
 
     parameters: dict[str, Any]
     cells: list[str]
+    others: Mapping[str, str] = MappingProxyType({})
 
 
 class Kind(NamedTuple):
@@ -79,18 +82,32 @@ def describe_component(likelihood: Likelihood, psi: Tensor, names: Sequence[str]
 
     >>> import torch
     >>> describe_component(Poisson(), torch.tensor([0.0, 1.0]), ["a", "b"])
-    Described(parameters={'rate': {'a': 1.0, 'b': 2.7182817459106445}}, cells=['1', '2.718'])
+    Described(parameters={'rate': {'a': 1.0, 'b': 2.7182817459106445}}, cells=['1', '2.718'], others=mappingproxy({}))
     """
     return find_kind(likelihood).describe(likelihood, psi.detach().cpu(), names)
 
 
 def _describe_normal(likelihood: MultivariateNormal, psi: Tensor, names: Sequence[str]) -> Described:
     mean, lower = likelihood.moments(psi)
-    covariance = lower @ lower.mT
-    sigma = covariance.diagonal().sqrt()
-    parameters = {"mean": _by_name(names, mean), "covariance": covariance.tolist()}
-    cells = [f"{_short(m, s)} ± {_short(s, s)}" for m, s in zip(mean.tolist(), sigma.tolist(), strict=True)]
-    return Described(parameters, cells)
+    matrix = lower @ lower.mT
+    return Described({"mean": _by_name(names, mean), "covariance": matrix.tolist()}, _plus_minus(mean, matrix))
+
+
+def _describe_student(likelihood: StudentT, psi: Tensor, names: Sequence[str]) -> Described:
+    location, lower = likelihood.moments(psi)
+    matrix = lower @ lower.mT
+    df = likelihood.degrees_of_freedom(psi).item()
+    parameters = {
+        "location": _by_name(names, location),
+        "scale_matrix": matrix.tolist(),
+        "degrees_of_freedom": df,
+    }
+    return Described(parameters, _plus_minus(location, matrix), {"ν": f"{df:.4g}"})
+
+
+def _plus_minus(centre: Tensor, matrix: Tensor) -> list[str]:
+    scale = matrix.diagonal().sqrt().tolist()
+    return [f"{_short(c, s)} ± {_short(s, s)}" for c, s in zip(centre.tolist(), scale, strict=True)]
 
 
 def _describe_rates(likelihood: Poisson, psi: Tensor, names: Sequence[str]) -> Described:
@@ -127,6 +144,7 @@ def _short(value: float, scale: float) -> str:
 
 LIKELIHOODS: dict[str, Kind] = {
     "gaussian": Kind(MultivariateNormal, ("covariance", "floor"), (), "mean ± σ", _describe_normal),
+    "student-t": Kind(StudentT, ("covariance", "floor"), (), "location ± scale", _describe_student),
     "poisson": Kind(Poisson, (), (), "rate", _describe_rates),
     "bernoulli": Kind(Bernoulli, (), (), "probability", _describe_probabilities),
     "binomial": Kind(Binomial, ("trials",), ("trials",), "probability", _describe_probabilities),

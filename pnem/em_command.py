@@ -24,15 +24,16 @@ def em(
     data: Annotated[Path, typer.Argument(help="A CSV file, or an HDF5 file with a dataset (N, C).", metavar="DATA")],
     components: Annotated[int, typer.Option(help="K.")],
     likelihood: Annotated[
-        str, typer.Option(help="gaussian, poisson, bernoulli, binomial or categorical.")
+        str, typer.Option(help="gaussian, student-t, poisson, bernoulli, binomial or categorical.")
     ] = "gaussian",
     covariance: Annotated[
-        str | None, typer.Option(help="Of gaussian: full (the default), diagonal, spherical or tied.")
+        str | None, typer.Option(help="Of gaussian and student-t: full (the default), diagonal, spherical or tied.")
     ] = None,
     trials: Annotated[int | None, typer.Option(help="Of binomial: n, the largest count there can be.")] = None,
     categories: Annotated[int | None, typer.Option(help="Of categorical: how many, coded from 0.")] = None,
     floor: Annotated[
-        float | None, typer.Option(help="Of gaussian: added to variances, so that no component collapses.")
+        float | None,
+        typer.Option(help="Of gaussian and student-t: added to variances, so that no component collapses."),
     ] = None,
     columns: Annotated[
         str | None, typer.Option(help="The columns to fit, as a,b,c; x0,x1,... where the file names none.")
@@ -94,14 +95,13 @@ def _components(fitted: "FittedMixture", likelihood: str, width: int) -> Table:
     table = Table(
         title=f"{likelihood} components of {len(fitted.table.values):,} items: {LIKELIHOODS[likelihood].cell}"
     )
-    table.add_column("component", justify="right")
-    table.add_column("weight", justify="right")
-    for name in shown:
-        table.add_column(Text(name), justify="right")
     psi = fitted.model.decode(fitted.theta)[0, :, 0]
-    for k, (weight, own) in enumerate(zip(fitted.log_mixing[0].exp().tolist(), psi, strict=True)):
-        cells = describe_component(fitted.model.likelihood, own, names).cells
-        table.add_row(str(k), f"{weight:.4f}", *cells[: len(shown)])
+    described = [describe_component(fitted.model.likelihood, own, names) for own in psi]
+    # As text, because names with units in brackets would read as markup.
+    for name in map(Text, ("component", "weight", *described[0].others, *shown)):
+        table.add_column(name, justify="right")
+    for k, (weight, own) in enumerate(zip(fitted.log_mixing[0].exp().tolist(), described, strict=True)):
+        table.add_row(str(k), f"{weight:.4f}", *own.others.values(), *own.cells[: len(shown)])
     more = len(names) - len(shown)
     table.caption = f"{more} more columns are in parameters.json" if more else None
     return table

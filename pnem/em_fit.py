@@ -26,7 +26,8 @@ class FittedMixture(NamedTuple):
         log_mixing: log π, (1, K).
         gamma: responsibilities, (K, N).
         bound: the log evidence that each E-step saw, with items counted by their weights, in nats per item: (T,).
-        warnings: why not all starts converged; empty if they did.
+        converged: whether EM stopped because the bound rose no more.
+        warnings: if not, what there is to say about it.
     """
 
     table: Table
@@ -35,20 +36,13 @@ class FittedMixture(NamedTuple):
     log_mixing: Tensor
     gamma: Tensor
     bound: Tensor
+    converged: bool
     warnings: tuple[str, ...]
 
     @property
     def num_items(self) -> float:
         """N, or the sum of the weights."""
         return float(len(self.table.values) if self.table.weight is None else self.table.weight.sum())
-
-
-class _Fit(NamedTuple):
-    """What EM found: θ (1, K, M), log π (1, K) and the evidence at each iteration (T,), in nats."""
-
-    theta: Tensor
-    log_mixing: Tensor
-    evidence: Tensor
 
 
 def fit_mixture(
@@ -78,7 +72,7 @@ def fit_mixture(
     torch.manual_seed(seed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        fit = _run(strategy, x, restarts, weight)
+        fit = strategy.fit(x, restarts=restarts, weight=weight)
     said = [str(warning.message) for warning in caught if issubclass(warning.category, ConvergenceWarning)]
     for warning in caught:
         if not issubclass(warning.category, ConvergenceWarning):
@@ -89,9 +83,5 @@ def fit_mixture(
     with torch.no_grad():
         gamma = torch.cat([model.responsibilities(piece, theta)[0] for piece in x.split(PIECE, 1)], -1)
     count = len(table.values) if weight is None else weight.sum()
-    return FittedMixture(table, model, theta, log_mixing, gamma, fit.evidence / count, tuple(said))
-
-
-def _run(strategy: ClassicalEM, x: Tensor, restarts: int, weight: Tensor | None) -> _Fit:
-    posterior = strategy.infer(x, restarts=restarts, weight=weight)
-    return _Fit(posterior.theta, posterior.log_mixing, posterior.elbo_trace[:, 0])
+    bound = fit.elbo_trace[:, 0] / count
+    return FittedMixture(table, model, theta, log_mixing, gamma, bound, fit.converged, tuple(said))

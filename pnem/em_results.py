@@ -98,7 +98,7 @@ def _parameters(fitted: FittedMixture, settings: dict[str, Any]) -> dict[str, An
             "nats_per_item": bound[-1],
             "nats": bound[-1] * fitted.num_items,
             "iterations": len(bound),
-            "converged": not fitted.warnings,
+            "converged": fitted.converged,
         },
         "settings": settings,
         "versions": {

@@ -24,6 +24,7 @@ from pnem.models import (
     MultivariateNormal,
     Poisson,
     SpatialMixture,
+    StudentT,
     decoders,
 )
 from pnem.plots import mixtures
@@ -193,6 +194,15 @@ class TestScatter:
                 np.testing.assert_allclose(np.linalg.norm(white, axis=0), radius, rtol=1e-9)
         assert [text.get_text() for text in axes.texts] == ["0", "1"]
         np.testing.assert_allclose([text.get_position() for text in axes.texts], mean)
+
+    def test_student_ellipses_are_those_of_the_scale_matrix(self) -> None:
+        x, model, fit = fitted(np.random.default_rng(0).standard_t(3, (300, 2)), StudentT(), 1)
+        line = plots.mixture_2d(x, model, fit).axes[0].lines[0]
+        location, lower = (value[0].numpy() for value in model.likelihood.moments(fit.theta[0]))
+        white = np.linalg.solve(lower, (np.asarray(line.get_xydata()) - location).T)
+        np.testing.assert_allclose(np.linalg.norm(white, axis=0), 1, rtol=1e-9)
+        one = plots.mixture_1d(*fitted(x[0, :, :1].numpy(), StudentT(), 1)).axes[0]
+        assert one.get_ylabel() == "density"
 
     def test_counts_have_ellipses_by_their_variances_and_categories_none(self) -> None:
         x, model, fit = counts(2, Poisson(), 6)
