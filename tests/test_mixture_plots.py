@@ -133,6 +133,24 @@ class TestDensities:
         plots.mixture_2d(*fitted(np.ones((20, 2)), MultivariateNormal("full"), 1))
 
 
+class TestOutliers:
+    def test_the_picture_is_of_the_components_and_says_what_it_leaves_out(self) -> None:
+        rng = np.random.default_rng(0)
+        x = torch.from_numpy(rng.normal(size=(1, 500, 2)))
+        model = SpatialMixture(decoders.Constant(6), StudentT(), 1, mixing="learned").double()
+        fit = ClassicalEM(model).infer(x)
+        x[0, :3, 0] = 1e6
+        figure = plots.mixture_2d(x, model, fit)
+        assert title(figure) == "3 items far from every component lie outside the picture"
+        np.testing.assert_array_equal(figure.axes[0].collections[0].get_offsets(), x[0, 3:])
+        x, model, fit = normal(1)
+        x[0, :40] = -1e6
+        figure = plots.mixture_1d(x, model, fit)
+        assert title(figure).startswith("40 items far")
+        bars = figure.axes[0].patches
+        assert sum(bar.get_width() * bar.get_height() for bar in bars) == pytest.approx(0.9)
+
+
 class TestCounts:
     @pytest.mark.parametrize(
         ("likelihood", "largest"), [(Poisson(), 9), (Binomial(9), 9), (Bernoulli(), 1), (Categorical(4), 3)]

@@ -11,9 +11,12 @@ from torch import Tensor
 from pnem.models import Categorical, Likelihood
 from pnem.plots.style import INK
 
-__all__ = ["centre_and_spread", "draw_ellipses"]
+__all__ = ["centre_and_spread", "draw_ellipses", "window"]
 
 Array = NDArray[Any]
+
+# Standard deviations from every component beyond which items would make the picture too small to see.
+REACH = 8
 
 
 def centre_and_spread(likelihood: Likelihood, psi: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,6 +30,16 @@ def centre_and_spread(likelihood: Likelihood, psi: Tensor) -> tuple[Tensor, Tens
         return centre.squeeze(1), spread.squeeze(1)
     centre = likelihood.mean(psi).squeeze(1)
     return centre, torch.diag_embed(likelihood.distribution(psi).variance.squeeze(1).sqrt())
+
+
+def window(x: Tensor, likelihood: Likelihood, psi: Tensor, log_mixing: Tensor) -> Tensor:
+    """Least and greatest values to draw, (2, C): those of x (D, C), but for those beyond REACH σ of all components."""
+    present = log_mixing > -torch.inf
+    centre, spread = (value[present] for value in centre_and_spread(likelihood, psi))
+    reach = REACH * spread.square().sum(-1).sqrt()
+    low = torch.maximum(x.amin(0), (centre - reach).amin(0))
+    high = torch.minimum(x.amax(0), (centre + reach).amax(0))
+    return torch.stack([low, high])
 
 
 def draw_ellipses(axes: Axes, likelihood: Likelihood, psi: Tensor, log_mixing: Tensor, colours: Array) -> bool:

@@ -27,8 +27,9 @@ MOST_STEMS, MOST_MARKS = 30, 300
 def draw_densities(
     axes: Axes, x: Array, weight: Array, likelihood: Likelihood, psi: Tensor, log_mixing: Tensor, colours: Array
 ) -> None:
-    """Densities: x and weight (D,), psi (K, 1, P), log π (K,), colours (K, 3)."""
-    axes.hist(x, _edges(x).tolist(), weights=weight / weight.sum(), density=True, color=BARS)
+    """Densities: x (D,) with its shares `weight` of all items, psi (K, 1, P), log π (K,), colours (K, 3)."""
+    edges = _edges(x)
+    axes.hist(x, edges.tolist(), weights=weight / (edges[1] - edges[0]), color=BARS)
     if len(x) <= MOST_MARKS:
         # In the axes' own height, at its foot.
         axes.vlines(x, 0, 0.03, color=INK, lw=0.4, alpha=0.5, transform=axes.get_xaxis_transform())

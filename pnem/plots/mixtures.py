@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pnem.errors import DataError
-from pnem.plots.ellipses import draw_ellipses
+from pnem.plots.ellipses import draw_ellipses, window
 from pnem.plots.histograms import SUM, draw_counts, draw_densities
 from pnem.plots.palette import component_colours
 from pnem.plots.style import FAINT, INK, STYLE, NotebookFigure
@@ -55,8 +55,8 @@ def mixture_1d(
 ) -> Figure:
     """A mixture of one channel: the data as a histogram, π_k p(x | ψ_k) of every component, and their sum.
 
-    Of likelihoods of counts and categories it shows probabilities in place of densities. Missing values (NaN) are left
-    out, which the figure then says.
+    Of likelihoods of counts and categories it shows probabilities in place of densities. Missing values (NaN) and
+    outliers, more than 8 σ from every component, are left out, which the figure then says.
 
     Args:
         x: the items, (D, 1), or (B, D, 1) of which one image is drawn.
@@ -104,8 +104,8 @@ def mixture_2d(
 
     The ellipses hold the points at one and at two standard deviations (of Student-t components: at that Mahalanobis
     distance by the scale matrix); the numbers stand at the means. Items at the same place, as counts often are, are one
-    disc of an area in proportion to their number. Items with a missing value (NaN), and of many items all but a
-    sample, are left out, which the figure then says.
+    disc of an area in proportion to their number. Items with a missing value (NaN), outliers more than 8 σ from
+    every component, and of many items all but a sample are left out, which the figure then says.
 
     Args:
         x: the items, (D, 2), or (B, D, 2) of which one image is drawn.
@@ -138,7 +138,10 @@ def mixture_2d(
 
 
 class _Drawing(NamedTuple):
-    """What is drawn: complete items x (D, C) with their weights (D,), and K components ψ (K, 1, P), log π (K,)."""
+    """What is drawn: items x (D, C), complete and near some component, with their shares of the whole weight (D,).
+
+    And K components ψ (K, 1, P), log π (K,).
+    """
 
     x: Tensor
     weight: Array
@@ -187,7 +190,14 @@ class _Drawing(NamedTuple):
         notes = [f"{missing:,} of {len(x):,} items have a missing value and are not drawn"] if missing else []
         discrete = model.likelihood.distribution(psi).support.is_discrete
         log_mixing = fit.log_mixing[image].detach().cpu().double()
-        return cls(x[chosen], counted[chosen.numpy()], psi, log_mixing, component_colours(len(psi)), discrete, notes)
+        x, counted = x[chosen], counted[chosen.numpy()] / counted[chosen.numpy()].sum()
+        if not discrete:
+            low, high = window(x, model.likelihood, psi, log_mixing)
+            inside = ((x >= low) & (x <= high)).all(-1)
+            if bool(inside.any()) and not bool(inside.all()):
+                notes.append(f"{int((~inside).sum()):,} items far from every component lie outside the picture")
+                x, counted = x[inside], counted[inside.numpy()]
+        return cls(x, counted, psi, log_mixing, component_colours(len(psi)), discrete, notes)
 
     def points(self) -> tuple[Tensor, Array, list[str]]:
         """Where the discs of a scatter plot are, their areas in square points, and notes on what they leave out."""
