@@ -15,7 +15,7 @@ from pnem.inference.items import Items, Stream, survey
 from pnem.inference.m_steps import MStep, Parameters, find_m_step
 from pnem.inference.posterior import Posterior, State
 from pnem.inference.progress import Progress
-from pnem.inference.starts import check_given, nearest, seeds
+from pnem.inference.starts import check_given, nearest, require_channels, seeds
 from pnem.inference.strategy import Strategy, check_starts
 from pnem.models import SpatialMixture
 from pnem.models.errors import ModelError
@@ -266,7 +266,8 @@ class ClassicalEM(Strategy):
             check_given(self.model, x, gamma=gamma, theta=theta, weight=weight, local=self.rule.local)
             x = (x if self.rule.local else x.flatten(1).unsqueeze(0)).double()
             weight = None if weight is None else weight.double().reshape(x.shape[:2])
-            items = Items(self._make_rule(x, bool(x.isnan().any())), [x], weight)
+            rule = self._make_rule(x, require_channels(x))
+            items = Items(rule, [x], weight)
             count = x.shape[1] if weight is None else weight.sum(-1)
             return items, self._start(items, x, restarts, gamma, theta, weight), count
         if gamma is not None or weight is not None:
@@ -275,6 +276,7 @@ class ClassicalEM(Strategy):
         found = survey(stream, self.model, local=self.rule.local)
         if theta is not None:
             check_given(self.model, found.sample, theta=theta, local=self.rule.local)
+        require_channels(found.sample)
         rule = self._make_rule(found.sample, found.missing)
         bar.expect(found.size)
         start = self._start(Items(rule, [found.sample]), found.sample, restarts, None, theta, None)

@@ -9,7 +9,7 @@ from pnem.inference.errors import StrategyError
 from pnem.inference.posterior import State
 from pnem.inference.starts import nearest, seeds
 from pnem.inference.strategy import Strategy
-from pnem.models import MultivariateNormal, SpatialMixture
+from pnem.models import MultivariateNormal, SpatialMixture, StudentT
 
 __all__ = ["GradientEM"]
 
@@ -48,7 +48,7 @@ class GradientEM(Strategy):
 
     Raises:
         StrategyError: fewer than two steps, a step size that is not positive and finite, mixing weights per image or
-            a covariance tied between components, which are not in θ_k, or as `Strategy`.
+            a covariance or degrees of freedom that are not a component's own to fit, or as `Strategy`.
 
     >>> from pnem.models import Normal, SpatialMixture, decoders
     >>> model = SpatialMixture(decoders.MLP(5, (4, 4, 1), hidden=(16,)), Normal(0.3), num_components=2)
@@ -70,10 +70,13 @@ class GradientEM(Strategy):
                 'GradientEM leaves mixing weights as they are, but mixing="per_image" needs them fitted: use '
                 '"uniform", "learned", or ClassicalEM'
             )
-        if isinstance(model.likelihood, MultivariateNormal) and model.likelihood.covariance == "tied":
+        likelihood = model.likelihood
+        normal = likelihood.normal if isinstance(likelihood, StudentT) else likelihood
+        tied = isinstance(normal, MultivariateNormal) and normal.covariance == "tied"
+        if tied or (isinstance(likelihood, StudentT) and (likelihood.shared or likelihood.fixed is not None)):
             raise StrategyError(
-                "GradientEM moves every component by itself, but a tied covariance is one for all: use ClassicalEM, or "
-                'covariance="full"'
+                "GradientEM moves all of every component by itself, but a tied covariance or shared degrees of freedom "
+                "are one for all, and given ones do not move: use ClassicalEM, or components with their own"
             )
         self.steps = steps
         self.step_size = step_size

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from pnem.inference.errors import StrategyError
 from pnem.models import SpatialMixture
 
-__all__ = ["check_given", "nearest", "seeds"]
+__all__ = ["check_given", "nearest", "require_channels", "seeds"]
 
 
 def seeds(x: Tensor, weight: Tensor, K: int, *, far: bool) -> Tensor:
@@ -64,3 +64,17 @@ def check_given(
     totals = None if weight is None else weight.sum(-1) if local else weight.sum()
     if weight is not None and totals is not None and not bool((weight >= 0).all() & (totals > 0).all()):
         raise StrategyError("weights must be at least 0 and not all 0")
+
+
+def require_channels(x: Tensor) -> bool:
+    """Whether values of items (B, D, C) are missing.
+
+    Raises:
+        StrategyError: all those of a channel of an image are.
+    """
+    missing = x.isnan()
+    nothing = missing.all(1).nonzero()
+    if len(nothing):
+        image, channel = nothing[0].tolist()
+        raise StrategyError(f"channel {channel} of image {image} has no value at all, only NaN: leave it out")
+    return bool(missing.any())

@@ -97,6 +97,10 @@ class MultivariateNormal(ExponentialFamily):
     def log_probs(self, xs: Sequence[Tensor], psi: Tensor) -> list[Tensor]:  # noqa: D102
         # By whitening, which loses no digits where the mean is large against the scale.
         C = self.num_channels(psi.shape[-1])
+        if not self._triangular:
+            mean, log_scale = psi[..., :C], psi[..., C:].expand(*psi.shape[:-1], C)
+            constant = log_scale.sum(-1) + 0.5 * C * LOG_2PI
+            return [-0.5 * ((x - mean) * (-log_scale).exp()).square().sum(-1) - constant for x in xs]
         mean, lower = self.moments(psi)
         return [-0.5 * (squared_distance(x - mean, lower) + C * LOG_2PI) - half_log_det(lower) for x in xs]
 

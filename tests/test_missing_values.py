@@ -204,6 +204,16 @@ def test_items_without_any_value_are_refused():
         ClassicalEM(mixture(MultivariateNormal())).infer(x)
 
 
+def test_channels_without_any_value_are_refused():
+    x = torch.randn(2, 5, 2)
+    x[1, :, 1] = torch.nan
+    strategy = ClassicalEM(mixture(MultivariateNormal(), mixing="per_image"))
+    with pytest.raises(StrategyError, match="channel 1 of image 1 has no value at all"):
+        strategy.infer(x)
+    with pytest.raises(StrategyError, match="channel 1 of image 0"):
+        strategy.fit([x[1]])
+
+
 def test_infinity_is_not_a_missing_value():
     x = torch.randn(1, 5, 2)
     x[0, 3, 0], x[0, 2, 1] = torch.inf, torch.nan

@@ -60,7 +60,7 @@ def test_rows_of_a_file(tmp_path, capsys):
     x = np.random.default_rng(0).normal(size=(1000, 3))
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["x"] = x
-    rows = Rows(tmp_path / "x.h5", "x", chunk=300)
+    rows = Rows(tmp_path / "x.h5", chunk=300)
     assert len(rows) == 1000
     np.testing.assert_array_equal(torch.cat(list(rows)), x)
     shuffled = torch.cat(list(Rows(tmp_path / "x.h5", "x", chunk=300, shuffle=True))).numpy()
@@ -155,20 +155,18 @@ def test_steps_that_do_not_converge_are_refused(arguments, message):
 
 def test_files_that_cannot_work_are_refused(tmp_path):
     path = tmp_path / "x.h5"
-    with pytest.raises(DataError, match="no file"):
-        Rows(path, "x")
+    with pytest.raises(DataError, match="does not exist"):
+        Rows(path)
     path.write_text("no")
     with pytest.raises(DataError, match="not an HDF5 file"):
-        Rows(path, "x")
+        Rows(path)
     with h5py.File(path, "w") as file:
         file["images"], file["words"], file["none"] = np.zeros((2, 3, 4)), [[b"a"]], np.zeros((0, 3))
-    for name, message in [
-        ("x", "has images, none, words"),
-        ("images", "shape"),
-        ("words", "numbers"),
-        ("none", "at least one row"),
-    ]:
+    for name, message in [("x", "no dataset"), ("images", "two axes"), ("words", "dtype"), ("none", "at least one")]:
         with pytest.raises(DataError, match=message):
             Rows(path, name)
+    with h5py.File(path, "w") as file:
+        file["only"] = np.zeros((2, 3))
+    assert len(Rows(path)) == 2
     with pytest.raises(DataError, match="chunk"):
-        Rows(path, "images", chunk=0)
+        Rows(path, chunk=0)

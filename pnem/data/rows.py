@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 from torch import Tensor
 
 from pnem.data.arrays import check_whole
-from pnem.errors import DataError
+from pnem.data.hdf5_tables import find_table, open_table
 
 __all__ = ["Rows"]
 
@@ -21,51 +20,28 @@ class Rows:
 
     Args:
         path: the file.
-        dataset: the name of the dataset, (N, C), of numbers.
+        dataset: the name of the dataset, (N, C), of numbers; None where the file has just one.
         chunk: rows that are read at once.
         shuffle: whether chunks, and the rows in each, come in an order that torch's generator decides.
 
     Raises:
-        DataError: no such file or dataset, or it is not a table of numbers.
+        DataError: no such file or dataset, it is not a table of numbers, or `chunk` is below 1.
     """
 
-    def __init__(self, path: str | Path, dataset: str, *, chunk: int = 2**17, shuffle: bool = False):
+    def __init__(self, path: str | Path, dataset: str | None = None, *, chunk: int = 2**17, shuffle: bool = False):
         check_whole(chunk, "chunk")
-        self.path = Path(path)
-        self.dataset = dataset
         self.chunk = chunk
         self.shuffle = shuffle
-        with self._open() as file:
-            self.shape = self._table(file).shape
+        self.table = find_table(path, dataset)
 
     def __len__(self) -> int:
-        return int(self.shape[0])
+        return self.table.shape[0]
 
     def __iter__(self) -> Iterator[Tensor]:
         starts = np.arange(0, len(self), self.chunk)
         if self.shuffle:
             starts = starts[torch.randperm(len(starts)).numpy()]
-        with self._open() as file:
-            table = self._table(file)
+        with open_table(self.table) as dataset:
             for start in starts:
-                rows = torch.from_numpy(table[start : start + self.chunk].astype(np.float64, copy=False))
+                rows = torch.from_numpy(dataset[start : start + self.chunk].astype(np.float64, copy=False))
                 yield rows[torch.randperm(len(rows))] if self.shuffle else rows
-
-    def _open(self) -> h5py.File:
-        try:
-            return h5py.File(self.path, "r")
-        except FileNotFoundError as error:
-            raise DataError(f"there is no file {self.path}") from error
-        except OSError as error:
-            raise DataError(f"{self.path} is not an HDF5 file, or is damaged: {error}") from error
-
-    def _table(self, file: h5py.File) -> h5py.Dataset:
-        found = file.get(self.dataset)
-        if not isinstance(found, h5py.Dataset):
-            raise DataError(f"{self.path} has no dataset {self.dataset!r}; it has {', '.join(file) or 'none'}")
-        if found.ndim != 2 or found.dtype.kind not in "biuf" or min(found.shape) < 1:
-            raise DataError(
-                f"{self.dataset!r} in {self.path} has shape {found.shape} and dtype {found.dtype}, but rows are "
-                "numbers of shape (N, C), of at least one row and column"
-            )
-        return found
