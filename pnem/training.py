@@ -67,9 +67,7 @@ def fit(
     if strategy.model is not model:
         raise RunError("the strategy was built on another model than the one given to fit: build it on this one")
     if isinstance(strategy, ClassicalEM):
-        raise RunError(
-            "classical EM has nothing to train by gradients: strategy.fit(x) or strategy.infer(x) fits items to convergence"
-        )
+        raise RunError("classical EM trains nothing by gradients: strategy.fit(x) or strategy.infer(x) fits the items")
     if not any(parameter.requires_grad for part in (model, strategy) for parameter in part.parameters()):
         raise RunError(
             "neither the model nor the strategy has a parameter, so there is nothing to train: "

@@ -1,12 +1,27 @@
 """The strategies and models that the conformance suite runs on: a new strategy joins by adding one line."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pnem.inference import NEM, RNNEM, BitFlip, GradientEM, MaskedUniform, Strategy, encoders
-from pnem.models import Bernoulli, Normal, SpatialMixture, decoders
+from pnem.models import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    Likelihood,
+    MultivariateNormal,
+    Normal,
+    NormalInverseWishart,
+    Poisson,
+    SpatialMixture,
+    StudentT,
+    decoders,
+)
 
 STRATEGIES: dict[str, Callable[[SpatialMixture], Strategy]] = {
     "rnn-em": lambda model: RNNEM(model, iterations=4),
@@ -49,3 +64,61 @@ MODELS: dict[str, Callable[..., SpatialMixture]] = {
 def images(count: int, shape: tuple[int, int, int] = (3, 4, 1)) -> Tensor:
     """Random binary images in the default dtype: (count, D, C)."""
     return (torch.rand(count, shape[0] * shape[1], shape[2]) < 0.5).to(torch.get_default_dtype())
+
+
+COVARIANCES = {"spherical": "spherical", "diagonal": "diag", "full": "full", "tied": "tied"}
+FAMILIES: dict[str, Callable[[], Likelihood]] = {
+    **{name: functools.partial(MultivariateNormal, name, floor=0.0) for name in COVARIANCES},
+    "poisson": Poisson,
+    "bernoulli": Bernoulli,
+    "binomial": lambda: Binomial(5),
+    "categorical": lambda: Categorical(3),
+    **{f"student-t, {name}": functools.partial(StudentT, name, floor=0.0) for name in COVARIANCES},
+    "student-t, shared": lambda: StudentT(shared=True, floor=0.0),
+    "student-t, given": lambda: StudentT("tied", degrees_of_freedom=3.0, floor=0.0),
+}
+
+
+def mixture(likelihood: Likelihood, K: int = 3, C: int = 2, mixing: str = "learned", **options: Any) -> SpatialMixture:
+    """A classical mixture of items with C channels."""
+    return SpatialMixture(decoders.Constant(likelihood.num_parameters(C)), likelihood, K, mixing=mixing, **options)
+
+
+def items(family: str, B: int = 1, D: int = 60, C: int = 2, seed: int = 0) -> Tensor:
+    """Items (B, D, C) of three levels, in the support of a family."""
+    rng = np.random.default_rng(seed)
+    level = rng.integers(0, 3, (B, D, 1))
+    draw = {
+        "poisson": lambda: rng.poisson(1 + 3 * level, (B, D, C)),
+        "bernoulli": lambda: rng.random((B, D, C)) < 0.2 + 0.3 * level,
+        "binomial": lambda: rng.binomial(5, 0.2 + 0.3 * level, (B, D, C)),
+        "categorical": lambda: (rng.integers(0, 3, (B, D, C)) + level) // 2,
+    }.get(family, lambda: rng.normal(size=(B, D, C)) @ rng.normal(size=(C, C)) + 3 * level)
+    return torch.from_numpy(np.asarray(draw(), dtype=float))
+
+
+def _classical(family: str, *, prior: bool = False) -> Callable[..., SpatialMixture]:
+    given = {"prior": NormalInverseWishart(0.0, 1.0), "mixing_concentration": 2.0} if prior else {}
+    return lambda **options: mixture(FAMILIES[family](), **given, **options)
+
+
+CLASSICAL: dict[str, Callable[..., SpatialMixture]] = {
+    **{family: _classical(family) for family in FAMILIES},
+    **{
+        f"{family}, prior": _classical(family, prior=True)
+        for family in (*COVARIANCES, "student-t, full", "student-t, diagonal")
+    },
+}
+"""Every rule of classical EM for a constant decoder."""
+
+
+def factors(
+    C: int = 6, M: int = 2, *, isotropic: bool = False, bias: bool = True, D: int = 1, learn_sigma: bool = True
+):
+    """Factor analysis, or with isotropic noise probabilistic PCA, of D·C features."""
+    return SpatialMixture(
+        decoders.Linear(M, (1, D, C), bias=bias),
+        Normal(1.0 if isotropic else (1.0,) * C, learn_sigma=learn_sigma),
+        1,
+        prior="standard_normal",
+    )

@@ -1,6 +1,5 @@
 """Classical EM: exactly scikit-learn's where they meet, exactly the model's evidence, and never downhill."""
 
-import functools
 import math
 import warnings
 
@@ -9,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import COVARIANCES, FAMILIES, items, mixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyro.infer import TraceEnum_ELBO
@@ -23,11 +23,9 @@ from pnem.models import (
     Binomial,
     Categorical,
     ExponentialFamily,
-    Likelihood,
     MultivariateNormal,
     Poisson,
     SpatialMixture,
-    StudentT,
     decoders,
 )
 
@@ -36,34 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pnem.inference.ConvergenceWarning"),
 ]
 
-COVARIANCES = {"spherical": "spherical", "diagonal": "diag", "full": "full", "tied": "tied"}
-FAMILIES = {
-    **{name: functools.partial(MultivariateNormal, name, floor=0.0) for name in COVARIANCES},
-    "poisson": Poisson,
-    "bernoulli": Bernoulli,
-    "binomial": lambda: Binomial(5),
-    "categorical": lambda: Categorical(3),
-    **{f"student-t, {name}": functools.partial(StudentT, name, floor=0.0) for name in COVARIANCES},
-    "student-t, shared": lambda: StudentT(shared=True, floor=0.0),
-    "student-t, given": lambda: StudentT("tied", degrees_of_freedom=3.0, floor=0.0),
-}
 every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def mixture(likelihood: Likelihood, K: int = 3, C: int = 2, mixing: str = "learned") -> SpatialMixture:
-    return SpatialMixture(decoders.Constant(likelihood.num_parameters(C)), likelihood, K, mixing=mixing)
-
-
-def items(family: str, B: int = 1, D: int = 60, C: int = 2, seed: int = 0) -> torch.Tensor:
-    rng = np.random.default_rng(seed)
-    level = rng.integers(0, 3, (B, D, 1))
-    draw = {
-        "poisson": lambda: rng.poisson(1 + 3 * level, (B, D, C)),
-        "bernoulli": lambda: rng.random((B, D, C)) < 0.2 + 0.3 * level,
-        "binomial": lambda: rng.binomial(5, 0.2 + 0.3 * level, (B, D, C)),
-        "categorical": lambda: (rng.integers(0, 3, (B, D, C)) + level) // 2,
-    }.get(family, lambda: rng.normal(size=(B, D, C)) @ rng.normal(size=(C, C)) + 3 * level)
-    return torch.from_numpy(np.asarray(draw(), dtype=float))
 
 
 def blobs(N: int = 400, K: int = 4, C: int = 3) -> np.ndarray:

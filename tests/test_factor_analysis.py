@@ -6,6 +6,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from cases import factors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyro.infer import Trace_ELBO
@@ -21,17 +22,6 @@ pytestmark = [
     pytest.mark.usefixtures("float64"),
     pytest.mark.filterwarnings("ignore::pnem.inference.ConvergenceWarning"),
 ]
-
-
-def factors(
-    C: int = 6, M: int = 2, *, isotropic: bool = False, bias: bool = True, D: int = 1, learn_sigma: bool = True
-) -> SpatialMixture:
-    return SpatialMixture(
-        decoders.Linear(M, (1, D, C), bias=bias),
-        Normal(1.0 if isotropic else (1.0,) * C, learn_sigma=learn_sigma),
-        1,
-        prior="standard_normal",
-    )
 
 
 def table(N: int = 400, C: int = 6, M: int = 2, seed: int = 0) -> np.ndarray:
@@ -95,16 +85,16 @@ def test_the_posterior_is_exact():
 @pytest.mark.parametrize("isotropic", [False, True])
 def test_with_missing_values_the_observed_data_likelihood_is_maximised(isotropic):
     torch.manual_seed(0)
-    rows = holes(torch.from_numpy(table(60, 4, 1)))
-    model = factors(4, 1, isotropic=isotropic)
+    rows = holes(torch.from_numpy(table(120, 5, 1)))
+    model = factors(5, 1, isotropic=isotropic)
     strategy = ClassicalEM(model, iterations=20_000, tol=1e-13)
     fit = strategy.fit(rows[:, None], restarts=5)
     there = ~rows.isnan()
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         free = torch.tensor(flat, requires_grad=True)
-        W, b, log_sigma = free[:4, None], free[4:8], free[8:]
-        whole = W @ W.T + torch.diag((2 * log_sigma).exp().expand(4))
+        W, b, log_sigma = free[:5, None], free[5:10], free[10:]
+        whole = W @ W.T + torch.diag((2 * log_sigma).exp().expand(5))
         total = torch.zeros(())
         for row, has in zip(rows, there, strict=True):
             normal = torch.distributions.MultivariateNormal(b[has], whole[has][:, has])

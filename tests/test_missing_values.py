@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from cases import FAMILIES, items, mixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from scipy.optimize import minimize
-from test_classical_em import FAMILIES, items, mixture
 
 from pnem.errors import ModelError, StrategyError
 from pnem.inference import RNNEM, ClassicalEM
@@ -222,8 +222,8 @@ def test_infinity_is_not_a_missing_value():
 
 
 def test_who_cannot_leave_values_out_says_so():
-    x = torch.full((1, 4, 2), torch.nan)
-    x[..., 0] = 0
+    x = torch.zeros(1, 4, 2)
+    x[0, 1:, 1] = torch.nan
     owned = SpatialMixture(decoders.Linear(3, (2, 2, 2)), Bernoulli(), 2, pixel_prior=0.0)
     with pytest.raises(ModelError, match="ownership"):
         owned.log_evidence(x, torch.zeros(1, 2, 3))

@@ -7,8 +7,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from test_classical_em import FAMILIES, items, mixture
-from test_factor_analysis import factors, table
+from cases import FAMILIES, factors, items, mixture
+from test_factor_analysis import table
 from test_missing_values import holes
 
 from pnem.data import Rows

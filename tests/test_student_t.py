@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from cases import mixture
 from scipy import stats
-from test_classical_em import mixture
 
 from pnem.errors import ModelError
 from pnem.inference import ClassicalEM
