@@ -17,7 +17,7 @@ __all__ = ["NEM"]
 class NEM(Strategy):
     r"""Generalised EM whose M-step is one gradient step on Q, unrolled and trained end to end.
 
-        θ_k ← θ_k + η ∂Q/∂θ_k,      Q = Σ_i Σ_k γ_{k,i} log p(x_i, z_i = k | ψ_{k,i}),      γ held fixed
+        θ_k ← θ_k + η ∂Q/∂θ_k,      Q = Σ_i Σ_k γ_{k,i} log p(x_i, z_i = k | ψ_{k,i}) + log p(θ),      γ held fixed
 
     exact for any decoder: ∂Q/∂ψ follows from the likelihood, and autograd pulls it back through the decoder. With the
     ``"greff2017"`` E-step, Q is that of the plain mixture too, as in the paper; then for a decoder
@@ -57,6 +57,8 @@ class NEM(Strategy):
     def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102
         pull_back = torch.func.vjp(self.model.decode, state.theta)[1]
         (gradient,) = pull_back(self._gradient_at(state, x_in))
+        if self.model.prior == "standard_normal":
+            gradient = gradient - state.theta
         return state.theta + self.step_size * gradient
 
     def _gradient_at(self, state: State, x_in: Tensor) -> Tensor:

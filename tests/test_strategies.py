@@ -27,7 +27,7 @@ def test_n_em_steps_along_the_gradient_of_q(name):
     strategy = NEM(model, step_size=0.7)
     x, theta = images(2), torch.randn(2, 3, 5)
     state = state_at(strategy, x, theta)
-    gradient = torch.func.grad(lambda t: (state.gamma * model.log_joint(x, t)).sum())(theta)
+    gradient = torch.func.grad(lambda t: (state.gamma * model.log_joint(x, t)).sum() + model.log_prior(t).sum())(theta)
     torch.testing.assert_close(strategy.m_step(state, x), theta + 0.7 * gradient)
 
 
@@ -62,14 +62,14 @@ def test_tied_n_em_is_the_formula_of_the_paper():
 
 
 def test_a_small_n_em_step_raises_the_evidence():
-    """Generalised EM: an increase of Q is an increase of the evidence."""
+    """Generalised EM: an increase of Q is an increase of log p(x, θ)."""
     for name in MODELS:
         model = MODELS[name]()
         strategy = NEM(model, step_size=1e-3)
         x, theta = images(3), torch.randn(3, 3, 5)
         state = state_at(strategy, x, theta)
         after = strategy.step(state, x, x)
-        assert bool((after.log_evidence >= state.log_evidence).all())
+        assert bool((strategy.elbo(after) >= strategy.elbo(state)).all())
 
 
 def test_the_outer_gradient_flows_through_gamma_unless_it_is_stopped():
