@@ -25,8 +25,8 @@ class Items:
 
     Args:
         rule: what is to be added up.
-        chunks: tensors (B, n, C), iterated once per E-step.
-        weight: how often each item counts, (B, D); of a single chunk.
+        chunks: a list of one tensor (B, D, C); or a stream of (B, n, C), iterated once per E-step.
+        weight: how often each item counts, (B, D); not of a stream.
         seen: is told how many items have been seen.
     """
 
@@ -42,16 +42,26 @@ class Items:
         self.weight = weight
         self.seen = seen
         self.prepared: list[Tensor] | None = None
-        if isinstance(chunks, list) and _fit(rule, chunks):
-            self.prepared = [rule.prepare(piece) for chunk in chunks for piece in chunk.split(rule.piece, 1)]
+        # Where the items of a single chunk, as pieces go through them, stand in it.
+        self.order: Tensor | None = None
+        if isinstance(chunks, list):
+            self._arrange(rule.order(chunks[0]))
+            if _fit(rule, self.chunks[0]):
+                self.prepared = list(map(rule.prepare, self.chunks[0].split(rule.piece, 1)))
+
+    def _arrange(self, order: Tensor | None) -> None:
+        """Puts the items of a single chunk, and their weights, into another order."""
+        if order is not None and isinstance(self.chunks, list):
+            self.chunks = [self.chunks[0][:, order]]
+            self.weight = None if self.weight is None else self.weight[:, order]
+            self.order = order if self.order is None else self.order[order]
+            if self.prepared is not None:
+                self.prepared = list(torch.cat(self.prepared, 1)[:, order].split(self.rule.piece, 1))
 
     def shuffle(self) -> None:
-        """Puts prepared items, and their weights, into a random order."""
-        if self.prepared is not None:
-            everything = torch.cat(self.prepared, 1)
-            order = torch.randperm(everything.shape[1], device=everything.device)
-            self.prepared = list(everything[:, order].split(self.rule.piece, 1))
-            self.weight = None if self.weight is None else self.weight[:, order]
+        """Puts the items of a single chunk into a random order."""
+        if isinstance(self.chunks, list):
+            self._arrange(torch.randperm(self.chunks[0].shape[1], device=self.chunks[0].device))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Prepared pieces with their weights."""
@@ -64,14 +74,17 @@ class Items:
 
     def _pieces(self) -> Iterator[Tensor]:
         for chunk in self.chunks:
-            yield from map(self.rule.prepare, chunk.double().split(self.rule.piece, 1))
+            order = None if isinstance(self.chunks, list) else self.rule.order(chunk)
+            arranged = chunk if order is None else chunk[:, order]
+            yield from map(self.rule.prepare, arranged.double().split(self.rule.piece, 1))
             if self.seen is not None:
                 self.seen(chunk.shape[1])
 
     def log_joint(self, parameters: Parameters) -> Tensor:
         """log p(x_i, z_i = k | θ, π) of all items at a single start's parameters: (B, K, D)."""
         e_step = self.rule.at(parameters)
-        return torch.cat([e_step(prepared)[0].squeeze(-2) for prepared, _ in self], 1).transpose(-1, -2)
+        log_joint = torch.cat([e_step(prepared)[0].squeeze(-2) for prepared, _ in self], 1).transpose(-1, -2)
+        return log_joint if self.order is None else torch.empty_like(log_joint).index_copy_(-1, self.order, log_joint)
 
     def expect(self, parameters: Parameters) -> Expectation:
         """The E-step on all items, and log p(θ, π)."""
@@ -83,16 +96,16 @@ class Items:
     def begin(self, gamma: Tensor) -> Tensor:
         """The statistics of all items under γ (R, B, K, D), before there are any parameters."""
         counted = []
+        gamma = gamma if self.order is None else gamma[..., self.order]
         for (prepared, weight), part in zip(self, gamma.split(self.rule.piece, -1), strict=True):
             weighted = part if weight is None else part * weight.unsqueeze(-2)
             counted.append(self.rule.begin(prepared)(weighted.permute(1, 3, 0, 2)))
         return functools.reduce(operator.add, counted)
 
 
-def _fit(rule: MStep, chunks: list[Tensor]) -> bool:
-    few = rule.prepare(chunks[0][:, : rule.piece])
-    items = sum(chunk.shape[0] * chunk.shape[1] for chunk in chunks)
-    return few.element_size() * few.numel() / (few.shape[0] * few.shape[1]) * items <= KEEP
+def _fit(rule: MStep, x: Tensor) -> bool:
+    few = rule.prepare(x[:, : rule.piece])
+    return few.element_size() * few.numel() / few.shape[1] * x.shape[1] <= KEEP
 
 
 class Stream:

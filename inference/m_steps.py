@@ -66,6 +66,10 @@ class MStep(ABC):
         """
         return cls
 
+    def order(self, x: Tensor) -> Tensor | None:
+        """An order of items (B, D, C) in which pieces of them are cheaper: (D,); None for the one they have."""
+        return None
+
     @abstractmethod
     def prepare(self, x: Tensor) -> Tensor:
         """What is computed once for items x (B, D, C): -> (B, D, anything)."""

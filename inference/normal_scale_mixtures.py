@@ -63,9 +63,12 @@ class NormalScaleMixture(MStep):
         count = present.sum(1, keepdim=True).clamp_min(1)
         self.mean = centred.sum(1, keepdim=True) / count
         self.variance = (present * (centred - self.mean).square()).sum(1, keepdim=True) / count
-        if missing:
-            # Every pattern of absent channels has matrices of its own.
-            self.piece = 1024
+
+    def order(self, x: Tensor) -> Tensor | None:
+        """By which channels are there, for every such pattern has matrices of its own in every piece it occurs in."""
+        if not self.missing or len(x) > 1:
+            return None
+        return _patterns(~x[0].isnan())[0].argsort()
 
     @classmethod
     def choose(cls, model: SpatialMixture, *, missing: bool) -> type[MStep]:
@@ -146,6 +149,9 @@ class NormalScaleMixture(MStep):
         constant = (linear * centre).sum(-1, keepdim=True)
         # (R, G, K, F) -> (G, F, R K)
         coefficients = torch.cat([-2 * linear, products, constant], -1).permute(1, 3, 0, 2).flatten(2)
+        if not self.missing:
+            log_det = conditionals.half_log_det.transpose(0, 1).unsqueeze(1)
+            return (features @ coefficients).clamp_min(0).unflatten(-1, (R, K)), log_det
         distance, log_det = mean.new_empty(B, D, R * K), mean.new_empty(B, D, R * K)
         for g, group in enumerate(groups):
             distance[group.image, group.rows] = features[group.image, group.rows] @ coefficients[g]
@@ -164,8 +170,11 @@ class NormalScaleMixture(MStep):
     ) -> Tensor:
         (B, _, R, K), C = gamma.shape, self.model.num_channels
         scaled = (gamma if u is None else gamma * u).flatten(-2)
-        sums = torch.stack([scaled[g.image, g.rows].T @ features[g.image, g.rows] for g in groups])
-        owned = torch.stack([gamma[g.image, g.rows].sum(0) for g in groups])
+        if self.missing:
+            sums = torch.stack([scaled[g.image, g.rows].T @ features[g.image, g.rows] for g in groups])
+            owned = torch.stack([gamma[g.image, g.rows].sum(0) for g in groups])
+        else:
+            sums, owned = scaled.transpose(-1, -2) @ features, gamma.sum(1)
         # (G, R K, F) -> (R, G, K, F)
         sums = sums.unflatten(1, (R, K)).transpose(0, 1)
         first, second, total = sums[..., :C], symmetric(sums[..., C:-1], C), sums[..., -1:]
@@ -231,17 +240,27 @@ def _log_minus_digamma(df: Tensor) -> Tensor:
 
 def _whole(present: Tensor) -> list[Group]:
     every = torch.arange(present.shape[1], device=present.device)
-    return [Group(b, every, present[b, 0]) for b in range(len(present))]
+    return [Group(b, every, channels) for b, channels in enumerate(present[:, 0])]
 
 
 def _groups(present: Tensor) -> list[Group]:
     """The items of each image by which of their channels are there: (B, D, C)."""
     groups = []
     for b, channels in enumerate(present):
-        patterns, pattern, counts = channels.unique(dim=0, return_inverse=True, return_counts=True)
+        pattern, counts = _patterns(channels > 0)
         places = pattern.argsort().split(counts.tolist())
-        groups += [Group(b, rows, channels) for rows, channels in zip(places, patterns, strict=True)]
+        groups += [Group(b, rows, channels[rows[0]]) for rows in places]
     return groups
+
+
+def _patterns(there: Tensor) -> tuple[Tensor, Tensor]:
+    """A number for every item's pattern of channels, (D, C) -> (D,), and how many items each has."""
+    C = there.shape[-1]
+    if C > 62:
+        return there.unique(dim=0, return_inverse=True, return_counts=True)[1:]
+    # As the bits of a whole number, which is far quicker to sort.
+    code = (there * 2 ** torch.arange(C, device=there.device)).sum(-1)
+    return code.unique(return_inverse=True, return_counts=True)[1:]
 
 
 def _condition(mean: Tensor, covariance: Tensor, groups: list[Group]) -> Conditionals:

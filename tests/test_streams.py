@@ -98,6 +98,8 @@ def test_online_em_shuffles_what_is_sorted():
     model = mixture(MultivariateNormal(), 2, 1)
     fit = OnlineEM(model).fit(x[None])
     assert model.likelihood.mean(fit.theta[0]).sort(0).values.flatten().tolist() == pytest.approx([0, 6], abs=0.1)
+    posterior = OnlineEM(model).infer(x[None])
+    torch.testing.assert_close(posterior.gamma, model.responsibilities(x[None], posterior.theta))
     weight = (x < 3).double().T
     fit = OnlineEM(model).fit(x[None], weight=weight)
     assert model.likelihood.mean(fit.theta[0]).abs().max() < 3
