@@ -1,7 +1,8 @@
 """Inference: strategies on the spatial mixture, their parts, and training objectives."""
 
 from pnem.inference import encoders
-from pnem.inference.classical_em import ClassicalEM, ConvergenceWarning, Fit
+from pnem.inference.classical_em import ClassicalEM
+from pnem.inference.convergence import ConvergenceWarning, Fit
 from pnem.inference.factor_analysis import FactorAnalysis
 from pnem.inference.gradient_em import GradientEM
 from pnem.inference.m_steps import MStep, Parameters, register_m_step

@@ -1,49 +1,24 @@
 """Classical EM: the M-step in closed form, until the evidence rises no more."""
 
-import warnings
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pnem.inference.convergence import Fit, best_start, has_converged
 from pnem.inference.errors import StrategyError
-from pnem.inference.factor_analysis import FactorAnalysis
+from pnem.inference.factor_analysis import FactorAnalysis, posterior_of_factors
 from pnem.inference.items import Items, Stream, survey
 from pnem.inference.m_steps import MStep, Parameters, find_m_step
 from pnem.inference.posterior import Posterior, State
 from pnem.inference.progress import Progress
-from pnem.inference.starts import check_given, nearest, require_channels, seeds
+from pnem.inference.starts import INITS, check_given, first_parameters, require_channels
 from pnem.inference.strategy import Strategy, check_starts
 from pnem.models import SpatialMixture
-from pnem.models.errors import ModelError
 
-__all__ = ["INITS", "ClassicalEM", "ConvergenceWarning", "Fit"]
-
-INITS = ("k-means++", "random", "points")
-
-
-class ConvergenceWarning(UserWarning):
-    """EM stopped at its last iteration while the evidence was still rising."""
-
-
-class Fit(NamedTuple):
-    """What EM finds.
-
-    Attributes:
-        theta: (B, K, M); for a linear decoder, whose parameters are then the model's, (0, 1, M).
-        log_mixing: (B, K), log π.
-        elbo_trace: (T, B): before each M-step log p(x | θ, π) + log p(θ, π), in nats, items counted by their weights;
-            for a linear decoder (T, 1): log p(x) of all images.
-        converged: whether it stopped because the evidence rose no more.
-    """
-
-    theta: Tensor
-    log_mixing: Tensor
-    elbo_trace: Tensor
-    converged: bool
+__all__ = ["ClassicalEM"]
 
 
 class ClassicalEM(Strategy):
@@ -170,7 +145,7 @@ class ClassicalEM(Strategy):
         self.model.check(x, missing=True)
         with torch.no_grad():
             items = self._items(x)
-            return self._state(self._start(items, x.double(), 1, gamma, None, None), items)
+            return self._state(self._start(items, x.double(), 1, gamma=gamma), items)
 
     def step(self, state: State, x_in: Tensor, x: Tensor) -> State:
         """One iteration: the E-step at the state's θ on `x_in`, the M-step, and the E-step on `x`."""
@@ -190,7 +165,7 @@ class ClassicalEM(Strategy):
         """
         if self.rule.local:
             return self.guide_at(self.infer(x))()
-        mean, covariance, _ = self._posterior_of_factors(x)
+        mean, covariance, _ = posterior_of_factors(self.model, x)
         with pyro.plate("images", len(x), dim=-2), pyro.plate("components", 1, dim=-1):
             return pyro.sample("theta", dist.MultivariateNormal(mean.unsqueeze(1), covariance.unsqueeze(1)))
 
@@ -230,8 +205,8 @@ class ClassicalEM(Strategy):
                     rise = (evidence[-1] - evidence[-2]) / count
                 if len(evidence) == iterations or not bool((rise >= self.tol).any()):
                     break
-        converged = self._converged(len(evidence), rise[rise.isfinite()])
-        best, trace = self._best(parameters, torch.stack(evidence))
+        converged = has_converged(len(evidence), rise[rise.isfinite()], self.tol)
+        best, trace = best_start(self.model, parameters, torch.stack(evidence))
         if isinstance(items.rule, FactorAnalysis):
             items.rule.write(best)
         else:
@@ -269,7 +244,7 @@ class ClassicalEM(Strategy):
             rule = self._make_rule(x, require_channels(x))
             items = Items(rule, [x], weight)
             count = x.shape[1] if weight is None else weight.sum(-1)
-            return items, self._start(items, x, restarts, gamma, theta, weight), count
+            return items, self._start(items, x, restarts, gamma=gamma, theta=theta, weight=weight), count
         if gamma is not None or weight is not None:
             raise StrategyError("items in chunks take neither gamma nor weight: leave them out")
         stream = Stream(x, self.model)
@@ -279,68 +254,11 @@ class ClassicalEM(Strategy):
         require_channels(found.sample)
         rule = self._make_rule(found.sample, found.missing)
         bar.expect(found.size)
-        start = self._start(Items(rule, [found.sample]), found.sample, restarts, None, theta, None)
+        start = self._start(Items(rule, [found.sample]), found.sample, restarts, theta=theta)
         return Items(rule, stream, seen=bar.see), start, found.size
 
-    def _start(
-        self,
-        items: Items,
-        x: Tensor,
-        restarts: int,
-        gamma: Tensor | None,
-        theta: Tensor | None,
-        weight: Tensor | None,
-    ) -> Parameters:
-        B, D, K = len(x), x.shape[-2], self.model.num_components
-        if isinstance(items.rule, FactorAnalysis):
-            return items.rule.start(restarts)
-        if theta is not None:
-            return Parameters(theta.double().unsqueeze(0), self.model.log_mixing.double().expand(1, B, K))
-        if gamma is not None:
-            weighted = gamma.double().unsqueeze(0)
-        elif self.initial == "random":
-            weighted = x.new_empty(restarts, B, K, D).normal_().abs_()
-            weighted /= weighted.sum(-2, keepdim=True)
-        else:
-            chance = x.new_ones(B, D) if weight is None else weight
-            filled = torch.where(x.isnan(), x.nanmedian(1, keepdim=True).values, x) if items.rule.missing else x
-            far = self.initial == "k-means++"
-            weighted = torch.stack([nearest(filled, seeds(filled, chance, K, far=far)) for _ in range(restarts)])
-        return items.rule.maximise(items.begin(weighted))
-
-    def _converged(self, iterations: int, rise: Tensor) -> bool:
-        """Whether the last rise of the evidence in nats per item, of every finite start, is within tol of zero."""
-        if iterations > 1 and bool((rise.abs() <= max(self.tol, 1e-9)).all()):
-            return True
-        if iterations == 1:
-            change = "was seen only once"
-        elif bool((rise > self.tol).any()):
-            change = f"still rises by {rise.max().item():.2g} nats per item"
-        else:
-            change = f"fell by {-rise.min().item():.2g} nats per item, as a floor of the likelihood can make it"
-        warnings.warn(
-            f"after {iterations} iterations the evidence {change} (tol={self.tol:.2g}): allow more iterations, or "
-            "change tol or the floor",
-            ConvergenceWarning,
-            stacklevel=4,
-        )
-        return False
-
-    def _best(self, parameters: Parameters, evidence: Tensor) -> tuple[Parameters, Tensor]:
-        """The best start of each image, as a single one, and its evidence: of (T, R, B), (T, B)."""
-        B = evidence.shape[-1]
-        # Starts that share mixing weights between images stand or fall together.
-        final = (
-            evidence[-1].sum(-1, keepdim=True).expand(-1, B) if self.model.mixing_kind == "learned" else evidence[-1]
-        )
-        final = final.masked_fill(~final.isfinite(), -torch.inf)
-        if bool(final.amax(0).isinf().any()):
-            raise ModelError(
-                "no start kept a finite evidence: a component's covariance is not positive definite where its items "
-                "are equal or lie in a plane; use a larger floor, fewer components, a simpler covariance, or a prior"
-            )
-        best, images = final.argmax(0), torch.arange(B, device=evidence.device)
-        return Parameters(*(value[best, images].unsqueeze(0) for value in parameters)), evidence[:, best, images]
+    def _start(self, items: Items, x: Tensor, restarts: int, **given: Tensor | None) -> Parameters:
+        return first_parameters(self.model, items, x, restarts, self.initial, **given)
 
     def _state(self, parameters: Parameters, items: Items) -> State:
         """The E-step at the parameters of a single start, in the model's precision."""
@@ -352,19 +270,9 @@ class ClassicalEM(Strategy):
         state = State(theta, mean, psi, log_joint.softmax(-2), log_joint, log_mixing)
         return State(*(value.to(self.model.mixing_logits.dtype) for value in state))
 
-    def _posterior_of_factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """E[θ] (B, M), its covariance (B or 1, M, M) and log p(x) (B,) under the model's linear decoder."""
-        self.model.check(x, missing=True)
-        flat = x.double().flatten(1).unsqueeze(0)
-        rule = self._make_rule(flat, bool(flat.isnan().any()))
-        assert isinstance(rule, FactorAnalysis)
-        dtype = self.model.mixing_logits.dtype
-        mean, covariance, log_evidence = (v[0].to(dtype) for v in rule.posterior(rule.current(), rule.prepare(flat)))
-        return mean, covariance, log_evidence
-
     def _factors(self, x: Tensor) -> tuple[State, Tensor]:
         """The state at the posterior means of θ, and log p(x), (1, B)."""
-        mean, _, log_evidence = self._posterior_of_factors(x)
+        mean, _, log_evidence = posterior_of_factors(self.model, x)
         theta = mean.unsqueeze(1)
         log_joint, psi = self.model.log_joint(x, theta), self.model.decode(theta)
         log_mixing = torch.zeros_like(theta[..., 0])

@@ -10,7 +10,7 @@ from pnem.inference.m_steps import Count, EStep, MStep, Parameters, register_m_s
 from pnem.models import Normal, SpatialMixture, decoders
 from pnem.models.likelihoods import present_channels
 
-__all__ = ["FactorAnalysis"]
+__all__ = ["FactorAnalysis", "posterior_of_factors"]
 
 LOG_2PI = math.log(2 * math.pi)
 # No feature's noise falls below this share of its variance (a Heywood case).
@@ -181,3 +181,13 @@ class FactorAnalysis(MStep):
             smallest = smallest.mean(-1, keepdim=True)
         noise = torch.maximum(residual / count, smallest)
         return noise.repeat(1, self.mean.shape[-1] // noise.shape[-1])
+
+
+def posterior_of_factors(model: SpatialMixture, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """E[θ] (B, M), its covariance (B or 1, M, M) and log p(x) (B,) of images (B, D, C) under a linear decoder."""
+    model.check(x, missing=True)
+    flat = x.double().flatten(1).unsqueeze(0)
+    rule = FactorAnalysis(model, flat, missing=bool(flat.isnan().any()))
+    mean, covariance, log_evidence = rule.posterior(rule.current(), rule.prepare(flat))
+    dtype = model.mixing_logits.dtype
+    return mean[0].to(dtype), covariance[0].to(dtype), log_evidence[0].to(dtype)

@@ -5,9 +5,44 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pnem.inference.errors import StrategyError
+from pnem.inference.factor_analysis import FactorAnalysis
+from pnem.inference.items import Items
+from pnem.inference.m_steps import Parameters
 from pnem.models import SpatialMixture
 
-__all__ = ["check_given", "nearest", "require_channels", "seeds"]
+__all__ = ["INITS", "check_given", "first_parameters", "nearest", "require_channels", "seeds"]
+
+INITS = ("k-means++", "random", "points")
+
+
+def first_parameters(
+    model: SpatialMixture,
+    items: Items,
+    x: Tensor,
+    restarts: int,
+    initial: str,
+    *,
+    gamma: Tensor | None = None,
+    theta: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Parameters:
+    """Where R starts begin: at a given θ or γ of items x (B, D, C), or as `initial` says."""
+    B, D, K = len(x), x.shape[-2], model.num_components
+    if isinstance(items.rule, FactorAnalysis):
+        return items.rule.start(restarts)
+    if theta is not None:
+        return Parameters(theta.double().unsqueeze(0), model.log_mixing.double().expand(1, B, K))
+    if gamma is not None:
+        weighted = gamma.double().unsqueeze(0)
+    elif initial == "random":
+        weighted = x.new_empty(restarts, B, K, D).normal_().abs_()
+        weighted /= weighted.sum(-2, keepdim=True)
+    else:
+        chance = x.new_ones(B, D) if weight is None else weight
+        filled = torch.where(x.isnan(), x.nanmedian(1, keepdim=True).values, x) if items.rule.missing else x
+        far = initial == "k-means++"
+        weighted = torch.stack([nearest(filled, seeds(filled, chance, K, far=far)) for _ in range(restarts)])
+    return items.rule.maximise(items.begin(weighted))
 
 
 def seeds(x: Tensor, weight: Tensor, K: int, *, far: bool) -> Tensor:
