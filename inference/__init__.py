@@ -9,6 +9,7 @@ from pnem.inference.m_steps import MStep, Parameters, register_m_step
 from pnem.inference.match_moments import MatchMoments
 from pnem.inference.n_em import NEM
 from pnem.inference.noise import BitFlip, MaskedUniform, Noise
+from pnem.inference.normal_moments import NormalMoments
 from pnem.inference.normal_scale_mixtures import NormalScaleMixture
 from pnem.inference.objectives import ELBO, Losses, NEMLoss, Objective
 from pnem.inference.online_em import OnlineEM
@@ -32,6 +33,7 @@ __all__ = [
     "MatchMoments",
     "NEMLoss",
     "Noise",
+    "NormalMoments",
     "NormalScaleMixture",
     "Objective",
     "OnlineEM",

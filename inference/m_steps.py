@@ -50,6 +50,8 @@ class MStep(ABC):
 
     # Items of one piece: their statistics and responsibilities stay in the processor's cache.
     piece = 4096
+    # Whether statistics must be about the same origin in all iterations, as online EM adds them up.
+    about_origin = False
     # Whether θ is what is fitted; otherwise it is parameters of the model itself, common to all images.
     local = True
 

@@ -1,5 +1,6 @@
 """M-steps by conditional moments: Student's t, and the normal distribution where values are missing."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -7,16 +8,17 @@ import torch
 from torch import Tensor
 
 from pnem.inference.m_steps import Count, EStep, MStep, Parameters, register_m_step
-from pnem.inference.match_moments import MatchMoments
 from pnem.models import MultivariateNormal, NormalInverseWishart, SpatialMixture, StudentT, decoders
 from pnem.models.likelihoods import present_channels
-from pnem.models.linear_algebra import half_log_det, symmetric
+from pnem.models.linear_algebra import half_log_det
 from pnem.models.multivariate_normal import LOG_2PI
 
 __all__ = ["NormalScaleMixture"]
 
 # Beyond this many degrees of freedom a t is a normal to all digits that matter.
 LARGEST_DF, SMALLEST_DF, FIRST_DF = 1e6, 1e-2, 10.0
+# What a component that owns nothing is taken to own of what it was.
+TRACE = 1e-200
 
 
 class Group(NamedTuple):
@@ -28,17 +30,14 @@ class Group(NamedTuple):
 
 
 class Conditionals(NamedTuple):
-    """Of groups, (R, G, K, ...): Σ_oo⁻¹ with zeros for absent channels; E[x | x_o] = a + A x_o, and Cov[x | x_o]."""
+    """Of groups, (R, G, K, ...): W with |W (x − μ)|² = δ, ½ log |Σ_oo|, and with A = slope E[x − μ | x_o] = A (x − μ)."""
 
-    precision: Tensor
+    whitening: Tensor
     half_log_det: Tensor
     slope: Tensor
-    offset: Tensor
     covariance: Tensor
 
 
-@register_m_step(decoders.Constant, MultivariateNormal)
-@register_m_step(decoders.Constant, MultivariateNormal, NormalInverseWishart)
 @register_m_step(decoders.Constant, StudentT)
 @register_m_step(decoders.Constant, StudentT, NormalInverseWishart)
 class NormalScaleMixture(MStep):
@@ -50,6 +49,9 @@ class NormalScaleMixture(MStep):
     (parameter-expanded EM: Liu, Rubin & Wu 1998, section 4). ν solves
 
         log(ν/2) − digamma(ν/2) = log(mean u) − mean E[log u]
+
+    Statistics are taken about the present means, so that far items cost no digits; but where `about_origin`, for their
+    sums to outlive the means.
     """
 
     def __init__(self, model: SpatialMixture, x: Tensor, *, missing: bool):
@@ -58,11 +60,18 @@ class NormalScaleMixture(MStep):
         self.likelihood = model.likelihood
         self.student = model.likelihood if isinstance(model.likelihood, StudentT) else None
         self.normal = model.likelihood.normal if isinstance(model.likelihood, StudentT) else model.likelihood
-        self.origin = x.nanmedian(-2, keepdim=True).values
-        present, centred = present_channels(x - self.origin)
+        self.origin = x.nanmedian(-2, keepdim=True).values.nan_to_num()
+        self.x = x
+        self.centre = torch.zeros_like(self.origin)
+        self.previous: Tensor | None = None
+
+    @functools.cached_property
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """The mean of all items from the origin, and their variance, channel by channel: (B, 1, C)."""
+        present, centred = present_channels(self.x - self.origin)
         count = present.sum(1, keepdim=True).clamp_min(1)
-        self.mean = centred.sum(1, keepdim=True) / count
-        self.variance = (present * (centred - self.mean).square()).sum(1, keepdim=True) / count
+        mean = centred.sum(1, keepdim=True) / count
+        return mean, (present * (centred - mean).square()).sum(1, keepdim=True) / count
 
     def order(self, x: Tensor) -> Tensor | None:
         """By which channels are there, for every such pattern has matrices of its own in every piece it occurs in."""
@@ -70,33 +79,19 @@ class NormalScaleMixture(MStep):
             return None
         return _patterns(~x[0].isnan())[0].argsort()
 
-    @classmethod
-    def choose(cls, model: SpatialMixture, *, missing: bool) -> type[MStep]:
-        """Normals are an exponential family, unless what is missing depends on what is there."""
-        normal = isinstance(model.likelihood, MultivariateNormal)
-        return MatchMoments if normal and (not missing or model.likelihood.independent_channels) else cls
-
     def prepare(self, x: Tensor) -> Tensor:
-        """[x, products, 1, which channels are there]: (B, D, F)."""
+        """[x, which channels are there]: (B, D, 2 C)."""
         present, x = present_channels(x - self.origin)
-        products = [x[..., : c + 1] * x[..., c : c + 1] for c in range(x.shape[-1])]
-        return torch.cat([x, *products, torch.ones_like(x[..., :1]), present], -1)
-
-    def _split(self, prepared: Tensor) -> tuple[Tensor, Tensor]:
-        """[x, products, 1] and which channels are there."""
-        C = self.model.num_channels
-        return prepared[..., :-C], prepared[..., -C:]
+        return torch.cat([x, present], -1)
 
     def begin(self, prepared: Tensor) -> Count:
         """As if a normal with the mean and variance of all items had filled in what is missing."""
-        C = self.model.num_channels
-        features, present = self._split(prepared)
-        absent = 1 - present
-        filled = features[..., :C] + absent * self.mean
-        matrix = filled.unsqueeze(-1) * filled.unsqueeze(-2) + torch.diag_embed(absent * self.variance)
+        x, present = prepared.chunk(2, -1)
+        mean, variance = self.whole
+        filled = x + (1 - present) * mean
+        matrix = filled.unsqueeze(-1) * filled.unsqueeze(-2) + torch.diag_embed((1 - present) * variance)
         one = torch.ones_like(filled[..., :1])
-        log_u = _log_minus_digamma(one * FIRST_DF).neg()
-        complete = torch.cat([filled, matrix.flatten(-2), one, log_u, one], -1)
+        complete = torch.cat([filled, matrix.flatten(-2), one, -_log_minus_digamma(one * FIRST_DF), one], -1)
 
         def count(gamma: Tensor) -> Tensor:
             statistics = gamma.flatten(-2).transpose(-1, -2) @ complete
@@ -108,113 +103,132 @@ class NormalScaleMixture(MStep):
         theta, log_mixing = parameters
         mean, lower = self.likelihood.moments(theta)
         mean = mean - self.origin
-        covariance = lower @ lower.transpose(-1, -2)
-        df = None if self.student is None else self.student.degrees_of_freedom(theta).transpose(0, 1).unsqueeze(1)
-        log_mixing = log_mixing.transpose(0, 1).unsqueeze(1)
+        self.previous = theta
+        self.centre = torch.zeros_like(mean) if self.about_origin else mean
+        df = None if self.student is None else self.student.degrees_of_freedom(theta).unsqueeze(-1)
 
         def e_step(prepared: Tensor) -> tuple[Tensor, Count]:
-            features, present = self._split(prepared)
+            x, present = prepared.chunk(2, -1)
             groups = _groups(present) if self.missing else _whole(present)
-            conditionals = _condition(mean, covariance, groups)
-            distance, log_det = self._distances(features, groups, conditionals, mean)
-            C = present.sum(-1)[..., None, None]
+            conditionals = _condition(lower, groups)
+            differences, distance, log_det = self._differences(x, mean, groups, conditionals)
+            C = present.sum(-1).unsqueeze(1) if self.missing else torch.full_like(distance[:1, :1, :1, :1], x.shape[-1])
+            u = log_u = None
             if df is None:
                 log_density = -0.5 * (distance + C * LOG_2PI) - log_det
-                u = log_u = None
             else:
                 assert self.student is not None
-                log_density = self.student.log_density(
-                    distance, log_det, C if self.missing else self.model.num_channels, df.log().unsqueeze(-1)
-                )
+                log_density = self.student.log_density(distance, log_det, C, df.log().unsqueeze(-1))
                 u = (df + C) / (df + distance)
                 log_u = torch.digamma(0.5 * (df + C)) - (0.5 * (df + distance)).log()
 
             def count(gamma: Tensor) -> Tensor:
-                return self._count(gamma, u, log_u, features, groups, conditionals)
+                gamma = gamma.permute(2, 0, 3, 1)
+                sums = self._sums(gamma if u is None else gamma * u, gamma, differences, groups, conditionals)
+                return self._statistics(*sums, gamma, log_u, mean - self.centre)
 
-            return log_mixing + log_density, count
+            # (R, B, K, D) -> (B, D, R, K)
+            return (log_mixing.unsqueeze(-1) + log_density).permute(1, 3, 0, 2), count
 
         return e_step
 
-    def _distances(
-        self, features: Tensor, groups: list[Group], conditionals: Conditionals, mean: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """δ and ½ log|Σ_oo| of every item under every component: (B, D, R, K)."""
-        (B, D, _), (R, _, K, C) = features.shape, mean.shape
-        rows, columns = torch.tril_indices(C, C, device=mean.device)
-        images = torch.tensor([group.image for group in groups], device=mean.device)
-        centre, precision = mean[:, images], conditionals.precision
-        linear = (precision @ centre.unsqueeze(-1)).squeeze(-1)
-        products = precision[..., rows, columns] * torch.where(rows == columns, 1.0, 2.0).to(mean)
-        constant = (linear * centre).sum(-1, keepdim=True)
-        # (R, G, K, F) -> (G, F, R K)
-        coefficients = torch.cat([-2 * linear, products, constant], -1).permute(1, 3, 0, 2).flatten(2)
+    def _differences(
+        self, x: Tensor, mean: Tensor, groups: list[Group], conditionals: Conditionals
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """x − μ of each group (R, K, n, C), absent channels at zero; δ and ½ log|Σ_oo| of every item, (R, B, K, D)."""
+        R, B, K, _ = mean.shape
         if not self.missing:
-            log_det = conditionals.half_log_det.transpose(0, 1).unsqueeze(1)
-            return (features @ coefficients).clamp_min(0).unflatten(-1, (R, K)), log_det
-        distance, log_det = mean.new_empty(B, D, R * K), mean.new_empty(B, D, R * K)
-        for g, group in enumerate(groups):
-            distance[group.image, group.rows] = features[group.image, group.rows] @ coefficients[g]
-            log_det[group.image, group.rows] = conditionals.half_log_det[:, g].flatten()
-        # What is left of a distance of zero may be below it by rounding.
-        return distance.clamp_min(0).unflatten(-1, (R, K)), log_det.unflatten(-1, (R, K))
+            difference = x.unsqueeze(1) - mean.unsqueeze(-2)
+            distance = (difference @ conditionals.whitening.transpose(-1, -2)).square().sum(-1)
+            return [difference], distance, conditionals.half_log_det.unsqueeze(-1)
+        distance, log_det = mean.new_empty(R, B, K, x.shape[1]), mean.new_empty(R, B, K, x.shape[1])
+        differences = []
+        for g, (image, rows, present) in enumerate(groups):
+            difference = (x[image, rows] - mean[:, image].unsqueeze(-2)) * present
+            white = difference @ conditionals.whitening[:, g].transpose(-1, -2)
+            distance[:, image, :, rows] = white.square().sum(-1)
+            log_det[:, image, :, rows] = conditionals.half_log_det[:, g].unsqueeze(-1)
+            differences.append(difference)
+        return differences, distance, log_det
 
-    def _count(
+    def _sums(
         self,
+        weight: Tensor,
         gamma: Tensor,
-        u: Tensor | None,
-        log_u: Tensor | None,
-        features: Tensor,
+        differences: list[Tensor],
         groups: list[Group],
         conditionals: Conditionals,
-    ) -> Tensor:
-        (B, _, R, K), C = gamma.shape, self.model.num_channels
-        scaled = (gamma if u is None else gamma * u).flatten(-2)
-        if self.missing:
-            sums = torch.stack([scaled[g.image, g.rows].T @ features[g.image, g.rows] for g in groups])
-            owned = torch.stack([gamma[g.image, g.rows].sum(0) for g in groups])
-        else:
-            sums, owned = scaled.transpose(-1, -2) @ features, gamma.sum(1)
-        # (G, R K, F) -> (R, G, K, F)
-        sums = sums.unflatten(1, (R, K)).transpose(0, 1)
-        first, second, total = sums[..., :C], symmetric(sums[..., C:-1], C), sums[..., -1:]
-        slope, offset = conditionals.slope, conditionals.offset
-        moved = (slope @ first.unsqueeze(-1)).squeeze(-1)
-        cross = offset.unsqueeze(-1) * moved.unsqueeze(-2)
-        second = (
-            slope @ second @ slope.transpose(-1, -2)
-            + cross
-            + cross.transpose(-1, -2)
-            + total.unsqueeze(-1) * offset.unsqueeze(-1) * offset.unsqueeze(-2)
-            + owned.transpose(0, 1)[..., None, None] * conditionals.covariance
-        )
-        complete = torch.cat([moved + total * offset, second.flatten(-2), total], -1)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Σ w (x − μ), Σ w (x − μ)(x − μ)ᵀ of the items as they would be in expectation, and Σ w: (R, B, K, ...)."""
+        if not self.missing:
+            (difference,) = differences
+            second = (difference * weight.unsqueeze(-1)).transpose(-1, -2) @ difference
+            return (weight.unsqueeze(-2) @ difference).squeeze(-2), second, weight.sum(-1, keepdim=True)
+        first, second, owned = [], [], []
+        for (image, rows, _), difference in zip(groups, differences, strict=True):
+            part = weight[:, image, :, rows].unsqueeze(-1)
+            first.append((part * difference).sum(-2))
+            second.append((part * difference).transpose(-1, -2) @ difference)
+            owned.append(gamma[:, image, :, rows].sum(-1))
+        slope = conditionals.slope
+        moved = (slope @ torch.stack(first, 1).unsqueeze(-1)).squeeze(-1)
+        spread = torch.stack(owned, 1)[..., None, None] * conditionals.covariance
+        scatter = slope @ torch.stack(second, 1) @ slope.transpose(-1, -2) + spread
         images = torch.tensor([group.image for group in groups], device=gamma.device)
-        summed = complete.new_zeros(R, B, K, complete.shape[-1]).index_add(1, images, complete)
-        logs = gamma.new_zeros(gamma.shape).sum(1) if log_u is None else (gamma * log_u).sum(1)
-        return torch.cat([summed, logs.transpose(0, 1).unsqueeze(-1), gamma.sum(1).transpose(0, 1).unsqueeze(-1)], -1)
+        shape = gamma.shape[:3]
+        return (
+            moved.new_zeros(*shape, *moved.shape[3:]).index_add(1, images, moved),
+            scatter.new_zeros(*shape, *scatter.shape[3:]).index_add(1, images, scatter),
+            weight.sum(-1, keepdim=True),
+        )
+
+    def _statistics(
+        self, first: Tensor, second: Tensor, total: Tensor, gamma: Tensor, log_u: Tensor | None, shift: Tensor
+    ) -> Tensor:
+        """[Σ w (x − c), Σ w (x − c)(x − c)ᵀ, Σ w, Σ γ E[log u], Σ γ] with c = μ − shift the centre."""
+        if self.about_origin:
+            cross = first.unsqueeze(-1) * shift.unsqueeze(-2)
+            outer = total.unsqueeze(-1) * shift.unsqueeze(-1) * shift.unsqueeze(-2)
+            first, second = first + total * shift, second + cross + cross.transpose(-1, -2) + outer
+        owned = gamma.sum(-1, keepdim=True)
+        logs = torch.zeros_like(owned) if log_u is None else (gamma * log_u).sum(-1, keepdim=True)
+        return torch.cat([first, second.flatten(-2), total, logs, owned], -1)
 
     def maximise(self, statistics: Tensor) -> Parameters:  # noqa: D102
-        C, eps = self.model.num_channels, torch.finfo(statistics.dtype).eps
+        C = self.model.num_channels
         weight = statistics[..., -1:]
-        whole = statistics.sum(-2, keepdim=True)
-        statistics = torch.where(weight <= eps * whole[..., -1:], whole, statistics)
-        first, second = statistics[..., :C], statistics[..., C : C + C * C].unflatten(-1, (C, C))
-        total, log_u, count = statistics[..., -3:].split(1, -1)
+        empty = weight <= torch.finfo(weight.dtype).eps * weight.sum(-2, keepdim=True)
+        kept = torch.where(empty, self._unchanged(statistics), statistics)
+        flat = self.model.prior == "flat"
+        first, second, total, _, count = (kept if flat else statistics).split([C, C * C, 1, 1, 1], -1)
+        second = second.unflatten(-1, (C, C))
         if self.normal.independent_channels:
             second = second.diagonal(dim1=-2, dim2=-1)
-        expanded = self.student is not None and self.normal.covariance != "tied" and self.model.prior == "flat"
+        expanded = self.student is not None and self.normal.covariance != "tied" and flat
+        origin = self.origin + self.centre
         if isinstance(self.model.prior, NormalInverseWishart):
-            mean, covariance, share = self.model.prior.match(first, second, total, count, self.origin)
+            mean, covariance, share = self.model.prior.match(first, second, total, count, origin)
         else:
             mean, share = first / total, total if expanded else count
-            outer = mean.square() if second.dim() == mean.dim() else mean.unsqueeze(-1) * mean.unsqueeze(-2)
-            ratio, mass = (share, total) if outer.dim() == mean.dim() else (share.unsqueeze(-1), total.unsqueeze(-1))
-            covariance = (second - mass * outer) / ratio
-        theta = self.normal.fit(mean + self.origin, covariance, share)
+            matrices = second.dim() > mean.dim()
+            outer = mean.unsqueeze(-1) * mean.unsqueeze(-2) if matrices else mean.square()
+            ratio, mass = (share.unsqueeze(-1), total.unsqueeze(-1)) if matrices else (share, total)
+            covariance = second / ratio - mass / ratio * outer
+        theta = self.normal.fit(mean + origin, covariance, share)
         if self.student is not None:
-            theta = torch.cat([theta, self._log_df(total, log_u, count, expanded)], -1)
+            theta = torch.cat([theta, self._log_df(*kept[..., -3:].split(1, -1), expanded)], -1)
         return Parameters(theta, self.log_mixing(weight.squeeze(-1)))
+
+    def _unchanged(self, statistics: Tensor) -> Tensor:
+        """Statistics that leave components as they were; before there are any, those of all items."""
+        if self.previous is None:
+            return statistics.sum(-2, keepdim=True)
+        mean, lower = self.likelihood.moments(self.previous)
+        shift = mean - self.origin - self.centre
+        second = lower @ lower.transpose(-1, -2) + shift.unsqueeze(-1) * shift.unsqueeze(-2)
+        one = torch.ones_like(shift[..., :1])
+        df = one if self.student is None else self.student.degrees_of_freedom(self.previous).unsqueeze(-1)
+        return TRACE * torch.cat([shift, second.flatten(-2), one, -_log_minus_digamma(df), one], -1)
 
     def _log_df(self, total: Tensor, log_u: Tensor, count: Tensor, expanded: bool) -> Tensor:
         """log ν from Σ γ u, Σ γ E[log u] and Σ γ: (R, B, K, 1)."""
@@ -263,20 +277,22 @@ def _patterns(there: Tensor) -> tuple[Tensor, Tensor]:
     return code.unique(return_inverse=True, return_counts=True)[1:]
 
 
-def _condition(mean: Tensor, covariance: Tensor, groups: list[Group]) -> Conditionals:
-    """From means (R, B, K, C) and scale matrices (R, B, K, C, C)."""
-    images = torch.tensor([group.image for group in groups], device=mean.device)
+def _condition(lower: Tensor, groups: list[Group]) -> Conditionals:
+    """From L (R, B, K, C, C) with Σ = L Lᵀ."""
+    images = torch.tensor([group.image for group in groups], device=lower.device)
     there = torch.stack([group.present for group in groups]).unsqueeze(1)
-    mean, covariance = mean[:, images], covariance[:, images]
-    eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+    lower = lower[:, images]
+    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     both = there.unsqueeze(-1) * there.unsqueeze(-2)
+    covariance = lower @ lower.transpose(-1, -2)
     # Absent channels as independent ones of unit variance leave the others' inverse and determinant as they are.
-    lower, info = torch.linalg.cholesky_ex(covariance * both + eye * (1 - both))
-    lower = lower.masked_fill((info != 0)[..., None, None], math.nan)
-    precision = torch.cholesky_inverse(lower) * both
+    factor, info = torch.linalg.cholesky_ex(covariance * both + eye * (1 - both))
+    factor = factor.masked_fill((info != 0)[..., None, None], math.nan)
+    whitening = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False) * both
     absent = (1 - there).unsqueeze(-1)
-    regression = absent * (covariance @ precision)
-    slope = regression + eye * there.unsqueeze(-1)
-    offset = mean * (1 - there) - (regression @ mean.unsqueeze(-1)).squeeze(-1)
-    conditional = absent * (covariance - covariance @ precision @ covariance) * absent.transpose(-1, -2)
-    return Conditionals(precision, half_log_det(lower), slope, offset, conditional)
+    regression = absent * (covariance @ whitening.transpose(-1, -2) @ whitening)
+    # Of x − E[x | x_o], as a square, which has no negative variance.
+    left = (absent * eye - regression) @ lower
+    return Conditionals(
+        whitening, half_log_det(factor), regression + eye * there.unsqueeze(-1), left @ left.transpose(-1, -2)
+    )

@@ -13,6 +13,8 @@ from pnem.models import SpatialMixture
 
 __all__ = ["OnlineEM"]
 
+TINY = 1e-300
+
 
 class OnlineEM(ClassicalEM):
     r"""`ClassicalEM` that follows a running mean of the sufficient statistics (Cappé & Moulines 2009).
@@ -60,19 +62,26 @@ class OnlineEM(ClassicalEM):
         self, items: Items, parameters: Parameters, count: Tensor | int
     ) -> Iterator[tuple[Tensor, Parameters]]:
         items.shuffle()
+        items.rule.about_origin = True
+        device = parameters.theta.device
         # Statistics are of all items, so that priors weigh against them as they should.
-        scale = torch.as_tensor(count).reshape(-1, 1, 1)
+        scale = torch.as_tensor(count, dtype=torch.float64, device=device).reshape(-1, 1, 1)
         mean: Tensor | None = None
+        seen = torch.zeros_like(scale)
         step = 0
         while True:
             evidence: Tensor | None = None
             for prepared, weight in items:
                 step += 1
                 expectation = items.rule.expect(items.rule.at(parameters), prepared, weight)
-                size = prepared.shape[1] if weight is None else weight.sum(-1)
                 evidence = expectation.evidence if evidence is None else evidence + expectation.evidence
-                update = expectation.statistics / torch.as_tensor(size).clamp_min(1e-300).reshape(-1, 1, 1)
-                rate = (step + self.delay) ** -self.exponent
+                items_here = prepared.shape[1] if weight is None else weight.sum(-1)
+                size = torch.as_tensor(items_here, dtype=torch.float64, device=device).reshape(-1, 1, 1)
+                seen = seen + size
+                # A piece of fewer items than usual is a smaller step.
+                share = (size * step / seen.clamp_min(TINY)).clamp_max(1)
+                rate = share * (step + self.delay) ** -self.exponent if step > 1 else torch.ones_like(share)
+                update = expectation.statistics / size.clamp_min(TINY)
                 mean = update if mean is None else (1 - rate) * mean + rate * update
                 parameters = items.rule.maximise(mean * scale)
             assert evidence is not None
