@@ -10,9 +10,10 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """Iterations done, and of a stream the items seen in the present one; nothing unless `shown`."""
+    """Iterations done, and of a stream the items seen in the present one; on standard error, nothing unless `shown`."""
 
     def __init__(self, iterations: int, *, shown: bool):
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bars
 
@@ -22,6 +23,8 @@ class Progress:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
+            # Standard output is for results.
+            console=Console(stderr=True),
             disable=not shown,
         )
         self._iterations = self._bars.add_task("EM", total=iterations, note="")
