@@ -16,6 +16,7 @@ from pnem.errors import DataError
 from pnem.estimators.checks import require_choice, require_integer, require_real, require_values, sample_weights
 from pnem.estimators.families import NON_NEGATIVE, attributes, count_parameters, declare
 from pnem.estimators.fitting import run_em, tensor
+from pnem.estimators.priors import PRIORS, declare_concentration, declare_prior
 from pnem.models import SpatialMixture, decoders
 
 __all__ = ["MixtureModel"]
@@ -38,6 +39,12 @@ class MixtureModel(DensityMixin, BaseEstimator):
     A fit depends on `random_state` and the samples, but not on their order, and a sample of weight n counts as n equal
     ones; but for ``init_params="random"``, which draws numbers for every sample.
 
+    **Priors.** With a prior EM climbs to a mode of log p(X, θ, π), maximum a posteriori. Their names and meanings are
+    those of `sklearn.mixture.BayesianGaussianMixture`, their defaults are not. `mean_prior`, `mean_precision_prior`,
+    `degrees_of_freedom_prior` or `covariance_prior`, any of them, gives Gaussian and Student t components a conjugate
+    prior under which none collapses, μ | Σ ~ N(m, Σ/κ), Σ ~ InverseWishart(ν, Ψ) (`NormalInverseWishart`), whose other
+    parameters are then chosen from X as by Fraley & Raftery (2007).
+
     Args:
         n_components: K.
         likelihood: ``"gaussian"``; ``"student-t"``, which outliers move little; ``"poisson"`` for counts;
@@ -52,6 +59,13 @@ class MixtureModel(DensityMixin, BaseEstimator):
         reg_covar: added to the variances of a Gaussian or a scale matrix, so that no component collapses onto a point.
         max_iter: at most this many iterations.
         n_init: so many starts, computed as one batch; the best is kept.
+        weight_concentration_prior: α of a Dirichlet prior on the weights, the same for all components, at least 1; None
+            for 1, which is flat.
+        mean_prior: m, a number or (C,); the mean of X.
+        mean_precision_prior: κ, how many samples m counts as; 0.01.
+        degrees_of_freedom_prior: ν, more than C − 1; C + 2, or 3 where the features are independent.
+        covariance_prior: Ψ, a number (times the identity), (C,) (a diagonal) or (C, C), of which only the diagonal
+            counts where the features are independent; the covariance of X over K^(2/C).
         init_params: where to start: ``"k-means++"`` or ``"random_from_data"``, each sample at the nearest of K seeds
             that are far from one another or random; ``"random"``, random responsibilities.
         random_state: seeds the starts and `sample`.
@@ -70,7 +84,8 @@ class MixtureModel(DensityMixin, BaseEstimator):
         probabilities_: of Bernoulli and binomial components (K, C), of categorical ones (K, C, categories).
         converged_: whether the lower bound came to rest within `tol`.
         n_iter_: the number of iterations.
-        lower_bound_: the log-likelihood at the last E-step, in nats per sample.
+        lower_bound_: what EM climbs, at the last E-step, in nats per sample: the log-likelihood, and with priors
+            log p(X, θ, π); scores and criteria are of the log-likelihood alone.
         lower_bounds_: those of all iterations, (n_iter_,).
         n_features_in_: C.
         feature_names_in_: the names of the features, where X has them.
@@ -98,6 +113,11 @@ class MixtureModel(DensityMixin, BaseEstimator):
         reg_covar: float = 1e-6,
         max_iter: int = 100,
         n_init: int = 1,
+        weight_concentration_prior: float | None = None,
+        mean_prior: ArrayLike | None = None,
+        mean_precision_prior: float | None = None,
+        degrees_of_freedom_prior: float | None = None,
+        covariance_prior: ArrayLike | None = None,
         init_params: str = "k-means++",
         random_state: int | np.random.RandomState | None = None,
         device: str = "cpu",
@@ -112,6 +132,11 @@ class MixtureModel(DensityMixin, BaseEstimator):
         self.reg_covar = reg_covar
         self.max_iter = max_iter
         self.n_init = n_init
+        self.weight_concentration_prior = weight_concentration_prior
+        self.mean_prior = mean_prior
+        self.mean_precision_prior = mean_precision_prior
+        self.degrees_of_freedom_prior = degrees_of_freedom_prior
+        self.covariance_prior = covariance_prior
         self.init_params = init_params
         self.random_state = random_state
         self.device = device
@@ -138,6 +163,7 @@ class MixtureModel(DensityMixin, BaseEstimator):
         weight = sample_weights(sample_weight, len(x))
         if weight is not None:
             x, weight = x[weight > 0], weight[weight > 0]
+            require_values(x, features=True)
         if len(x) < self.n_components:
             raise DataError(
                 f"n_components={self.n_components} needs n_samples >= n_components, but got n_samples = {len(x)}"
@@ -151,12 +177,16 @@ class MixtureModel(DensityMixin, BaseEstimator):
             n_trials=self.n_trials,
             n_categories=self.n_categories,
         )
-        decoder = decoders.Constant(likelihood.num_parameters(x.shape[1]))
-        if self.n_components > 1 and self.init_params != "random":
+        K, decoder = int(self.n_components), decoders.Constant(likelihood.num_parameters(x.shape[1]))
+        concentration = declare_concentration(self.weight_concentration_prior)
+        prior = declare_prior(likelihood, {name: getattr(self, name) for name in PRIORS}, x, weight, K)
+        if K > 1 and self.init_params != "random":
             order = _order(x)
             x, weight = x[order], None if weight is None else weight[order]
         fitted = run_em(
-            lambda: SpatialMixture(decoder, likelihood, int(self.n_components), mixing="learned"),
+            lambda: SpatialMixture(
+                decoder, likelihood, K, prior=prior, mixing="learned", mixing_concentration=concentration
+            ),
             x[None],
             None if weight is None else weight[None],
             max_iter=int(self.max_iter),
