@@ -78,6 +78,24 @@ def test_rows_of_a_file(tmp_path, capsys):
     assert shown.out == ""
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_columns_order_and_samples_of_rows(tmp_path, shuffle):
+    x = np.arange(3000.0).reshape(1000, 3)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["x"] = x
+    rows = Rows(tmp_path / "x.h5", columns=[2, 0], chunk=300, shuffle=shuffle)
+    assert rows.names == ("x2", "x0")
+    np.testing.assert_array_equal(torch.cat(list(rows.in_order())), x[:, [2, 0]])
+    np.testing.assert_array_equal(np.sort(torch.cat(list(rows)), 0), x[:, [2, 0]])
+    few = rows.sample(400).numpy()
+    assert len(few) == len(np.unique(few[:, 0])) == 400
+    assert np.isin(few[:, 0], x[:, 2]).all()
+    np.testing.assert_array_equal(few[:, 0] - few[:, 1], 2)
+    # Of every chunk about its share: four standard deviations of the hypergeometric count.
+    assert np.histogram(few[:, 1], [0, 900, 1800, 2700, 3000])[0] == pytest.approx([120, 120, 120, 40], abs=29)
+    np.testing.assert_array_equal(rows.sample(5000), x[:, [2, 0]])
+
+
 @pytest.mark.parametrize("prior", ["flat", NormalInverseWishart(0.0, 1.0)])
 def test_online_em_gets_where_em_gets(prior):
     centres = 3 * torch.randn(4, 2)
@@ -174,3 +192,6 @@ def test_files_that_cannot_work_are_refused(tmp_path):
     assert len(Rows(path)) == 2
     with pytest.raises(DataError, match="chunk"):
         Rows(path, chunk=0)
+    for columns in ([], [3], [-1], [0.5]):
+        with pytest.raises(DataError, match="columns"):
+            Rows(path, columns=columns)
