@@ -40,8 +40,18 @@ def em(
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="Which dataset of an HDF5 file.")] = None,
     weights: Annotated[str | None, typer.Option(help="The column that says how often each row counts.")] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Leave the rows of an HDF5 file there, and read them in chunks; by default if they are above 1 GiB.",
+        ),
+    ] = None,
+    online: Annotated[
+        bool, typer.Option("--online", help="Stepwise online EM: an M-step after every few thousand rows.")
+    ] = False,
     restarts: Annotated[int, typer.Option(help="Starts; the one with the best evidence is kept.")] = 10,
-    iterations: Annotated[int, typer.Option(help="At most this many.")] = 1000,
+    iterations: Annotated[int, typer.Option(help="At most this many; of online EM, passes over the data.")] = 1000,
     tol: Annotated[float, typer.Option(help="Stop when the bound rises by less, in nats per item.")] = 1e-6,
     initial: Annotated[str, typer.Option(help="Where to start: k-means++, random or points.")] = "k-means++",
     seed: Annotated[int, typer.Option(help="Seed of the starts.", min=0, max=2**32 - 1)] = 0,
@@ -52,12 +62,13 @@ def em(
     """Fit a classical mixture to the rows of a table by EM: components, labels, the bound.
 
     Empty cells, NA and nan are missing values, which are marginalised. Components are numbered by weight, the
-    heaviest 0. Writes labels.csv, parameters.json, bound.csv and, of one or two columns, mixture.png.
+    heaviest 0. Writes labels.csv, parameters.json, bound.csv and, of one or two columns, mixture.png. Memory does not
+    grow with the rows of an HDF5 file that is streamed, of which the picture shows a sample.
 
     Example: `pnem em data.csv --likelihood gaussian --components 3 --out em-results`
     """
     from pnem.components import make_likelihood
-    from pnem.data import read_table
+    from pnem.data import Rows, open_items
     from pnem.devices import resolve_device
     from pnem.em_fit import fit_mixture
     from pnem.em_results import new_directory, write_results
@@ -67,22 +78,25 @@ def em(
     family = make_likelihood(likelihood, **parts)
     chosen = None if columns is None else [name.strip() for name in columns.split(",")]
     options = {"restarts": restarts, "iterations": iterations, "tol": tol, "initial": initial, "seed": seed}
-    settings = {"data": str(data), "dataset": dataset, "weights": weights, **options, "device": str(where)}
+    options |= {"online": online}
+    status = Console(stderr=True)
     # Made first: that it cannot be written had better be known before a long fit.
     with new_directory(out) as directory:
-        table = read_table(data, columns=chosen, dataset=dataset, weight=weights)
-        drawn = plot and len(table.names) <= 2
-        with Console(stderr=True).status(f"fitting {components} components to {len(table.values):,} items"):
-            fitted = fit_mixture(table, family, components, device=where, **options)  # type: ignore[arg-type]
-        write_results(fitted, directory, settings, plot=drawn)
+        items = open_items(data, columns=chosen, dataset=dataset, weight=weights, stream=stream, shuffle=online)
+        drawn = plot and len(items.names) <= 2
+        how = {"device": where, "progress": status.is_terminal}
+        fitted = fit_mixture(items, family, components, **how, **options)  # type: ignore[arg-type]
+        settings = {"data": str(data), "dataset": dataset, "weights": weights, "stream": isinstance(items, Rows)}
+        with status.status(f"writing {items.num_items:,} labels"):
+            write_results(fitted, directory, settings | options | {"device": str(where)}, plot=drawn)
     console = Console()
     console.print(_components(fitted, likelihood, console.width))
-    console.print(_bound(fitted.bound.tolist()))
+    console.print(_bound(fitted.bound.tolist(), online=online))
     for warning in fitted.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     files = ["labels.csv", "parameters.json", "bound.csv", *(["mixture.png"] if drawn else [])]
     why = (
-        "" if drawn or not plot else f"; no picture: the data have {len(table.names)} columns, and it needs one or two"
+        "" if drawn or not plot else f"; no picture: the data have {len(items.names)} columns, and it needs one or two"
     )
     console.print(f"wrote {', '.join(files)} to {out}{why}", markup=False, highlight=False, soft_wrap=True)
 
@@ -90,11 +104,9 @@ def em(
 def _components(fitted: "FittedMixture", likelihood: str, width: int) -> Table:
     from pnem.components import LIKELIHOODS, describe_component
 
-    names = fitted.table.names
+    names = fitted.data.names
     shown = names[: max(1, (width - FIRST_COLUMNS) // CELL)]
-    table = Table(
-        title=f"{likelihood} components of {len(fitted.table.values):,} items: {LIKELIHOODS[likelihood].cell}"
-    )
+    table = Table(title=f"{likelihood} components of {fitted.data.num_items:,} items: {LIKELIHOODS[likelihood].cell}")
     psi = fitted.model.decode(fitted.theta)[0, :, 0]
     described = [describe_component(fitted.model.likelihood, own, names) for own in psi]
     # As text, because names with units in brackets would read as markup.
@@ -107,9 +119,10 @@ def _components(fitted: "FittedMixture", likelihood: str, width: int) -> Table:
     return table
 
 
-def _bound(bound: list[float]) -> Table:
-    # After an E-step the bound touches what it bounds.
-    table = Table(title=f"bound = log p(x | θ), {len(bound)} iterations")
+def _bound(bound: list[float], *, online: bool) -> Table:
+    # After an E-step the bound touches what it bounds; online EM moves θ before a pass is over.
+    what = "log p(x | θ) as θ was before each piece of x" if online else "bound = log p(x | θ)"
+    table = Table(title=f"{what}, {len(bound)} {'passes' if online else 'iterations'}")
     for name in ("iteration", "nats per item", "rise"):
         table.add_column(name, justify="right")
     for t, value in enumerate(bound):

@@ -17,12 +17,16 @@ import torch
 
 from pnem import plots
 from pnem.components import describe_component
+from pnem.data import Rows
 from pnem.em_fit import FittedMixture
 from pnem.errors import RunError
 from pnem.files import write_atomically
 from pnem.models.config import describe
 
 __all__ = ["new_directory", "write_results"]
+
+# Rows of a stream that are drawn.
+DRAWN = 20_000
 
 
 @contextmanager
@@ -66,11 +70,7 @@ def write_results(fitted: FittedMixture, directory: Path, settings: dict[str, An
     Raises:
         RunError: the directory cannot be written.
     """
-    gamma = fitted.gamma.cpu().numpy()
-    label = gamma.argmax(0)
-    columns = {"row": np.arange(len(label)), "label": label, "probability": gamma.max(0)}
-    columns |= {f"gamma_{k}": values for k, values in enumerate(gamma)}
-    write_atomically(directory / "labels.csv", pd.DataFrame(columns).to_csv(index=False).encode())
+    _write_labels(fitted, directory / "labels.csv")
     bound = fitted.bound.cpu().numpy()
     trace = pd.DataFrame({"iteration": np.arange(1, len(bound) + 1), "nats_per_item": bound})
     write_atomically(directory / "bound.csv", trace.to_csv(index=False).encode())
@@ -80,14 +80,26 @@ def write_results(fitted: FittedMixture, directory: Path, settings: dict[str, An
         _draw(fitted).savefig(directory / "mixture.png")
 
 
+def _write_labels(fitted: FittedMixture, path: Path) -> None:
+    first = 0
+    with path.open("w", encoding="utf-8", newline="") as file:
+        for piece in fitted.responsibilities():
+            gamma = piece.numpy()
+            label = gamma.argmax(0)
+            columns = {"row": np.arange(first, first + len(label)), "label": label, "probability": gamma.max(0)}
+            columns |= {f"gamma_{k}": values for k, values in enumerate(gamma)}
+            pd.DataFrame(columns).to_csv(file, index=False, header=first == 0)
+            first += len(label)
+
+
 def _parameters(fitted: FittedMixture, settings: dict[str, Any]) -> dict[str, Any]:
-    likelihood, names = fitted.model.likelihood, fitted.table.names
+    likelihood, names = fitted.model.likelihood, fitted.data.names
     bound = fitted.bound.tolist()
     return {
         "likelihood": describe(likelihood),
         "columns": list(names),
-        "items": len(fitted.table.values),
-        "total_weight": fitted.num_items,
+        "items": fitted.data.num_items,
+        "total_weight": fitted.total_weight,
         "components": [
             {"weight": math.exp(log_weight), **describe_component(likelihood, psi, names).parameters}
             for log_weight, psi in zip(
@@ -96,7 +108,7 @@ def _parameters(fitted: FittedMixture, settings: dict[str, Any]) -> dict[str, An
         ],
         "bound": {
             "nats_per_item": bound[-1],
-            "nats": bound[-1] * fitted.num_items,
+            "nats": bound[-1] * fitted.total_weight,
             "iterations": len(bound),
             "converged": fitted.converged,
         },
@@ -109,7 +121,11 @@ def _parameters(fitted: FittedMixture, settings: dict[str, Any]) -> dict[str, An
 
 
 def _draw(fitted: FittedMixture) -> Any:
-    draw = plots.mixture_1d if len(fitted.table.names) == 1 else plots.mixture_2d
-    x = torch.from_numpy(fitted.table.values)
-    weight = None if fitted.table.weight is None else torch.from_numpy(fitted.table.weight)
-    return draw(x, fitted.model, fitted, names=fitted.table.names, weight=weight)
+    data = fitted.data
+    draw = plots.mixture_1d if len(data.names) == 1 else plots.mixture_2d
+    x = data.sample(DRAWN) if isinstance(data, Rows) else torch.from_numpy(data.values)
+    weight = None if data.weight is None else torch.from_numpy(data.weight)
+    figure = draw(x, fitted.model, fitted, names=data.names, weight=weight)
+    if len(x) < data.num_items:
+        figure.supxlabel(f"data: a sample of {len(x):,} of {data.num_items:,} rows", fontsize="small")
+    return figure

@@ -3,7 +3,7 @@
 from pnem.data.hdf5 import MEMORY_LIMIT, Batch, ImageDataset
 from pnem.data.rows import Rows
 from pnem.data.shapes import OUTLINES, LabelledImages, static_shapes, write_static_shapes
-from pnem.data.tables import Table, read_table
+from pnem.data.tables import Table, open_items, read_table
 from pnem.data.writing import write_hdf5
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "LabelledImages",
     "Rows",
     "Table",
+    "open_items",
     "read_table",
     "static_shapes",
     "write_hdf5",

@@ -1,19 +1,26 @@
 """Tables of numbers, from CSV and HDF5 files: the items of classical mixtures."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import h5py
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pnem.data.csv_tables import read_csv, to_numbers
+from pnem.data.hdf5 import MEMORY_LIMIT
 from pnem.data.hdf5_tables import find_table
+from pnem.data.rows import Rows
 from pnem.errors import DataError
 
-__all__ = ["Table", "read_table"]
+__all__ = ["Table", "open_items", "read_table"]
+
+# Rows of a table that are worked on at once.
+CHUNK = 2**17
 
 
 class Table(NamedTuple):
@@ -28,6 +35,65 @@ class Table(NamedTuple):
     values: NDArray[np.float64]
     names: tuple[str, ...]
     weight: NDArray[np.float64] | None = None
+
+    @property
+    def num_items(self) -> int:
+        """N."""
+        return len(self.values)
+
+    def in_order(self) -> Iterator[Tensor]:
+        """The items in chunks (n, C), as those of `Rows`."""
+        return iter(torch.from_numpy(self.values).split(CHUNK))
+
+
+def open_items(
+    path: str | os.PathLike[str],
+    *,
+    columns: Sequence[str] | None = None,
+    dataset: str | None = None,
+    weight: str | None = None,
+    stream: bool | None = None,
+    shuffle: bool = False,
+) -> Table | Rows:
+    """The items of a file: in memory, or as a stream of those of an HDF5 dataset.
+
+    Args:
+        path, columns, dataset, weight: see `read_table`, whose errors are those of this.
+        stream: whether to leave the items in the file; None to do so where they would take more than `MEMORY_LIMIT`
+            bytes.
+        shuffle: whether a stream comes in random order.
+
+    Raises:
+        DataError: a stream is asked for of a CSV file or with weights, or a table has weights and is too large.
+    """
+    path = Path(path)
+    if not _is_hdf5(path):
+        if stream:
+            raise DataError(f"{path} is not an HDF5 file, and only those are streamed: convert it, or give --no-stream")
+        return read_table(path, columns=columns, dataset=dataset, weight=weight)
+    stored = find_table(path, dataset)
+    size = 8 * stored.shape[0] * stored.shape[1]
+    if not (size > MEMORY_LIMIT if stream is None else stream):
+        return read_table(path, columns=columns, dataset=dataset, weight=weight)
+    if weight is not None:
+        raise DataError(
+            f"{path}: items that are streamed have no weights: leave --weights out, or read all of the table, "
+            f"{size / 2**30:.2g} GiB, into memory by --no-stream"
+        )
+    chosen = _chosen(path, stored.columns, columns, None, named=False)
+    places = None if columns is None else [stored.columns.index(name) for name in chosen]
+    return Rows(path, dataset, columns=places, shuffle=shuffle)
+
+
+def _is_hdf5(path: Path) -> bool:
+    """Raises `DataError` unless this is a file that can be read."""
+    if path.is_dir():
+        raise DataError(f"{path} is a directory: give a CSV or an HDF5 file")
+    if not path.exists():
+        raise DataError(f"{path} does not exist: give a CSV or an HDF5 file")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path} cannot be read: you have no permission to")
+    return bool(h5py.is_hdf5(path))
 
 
 def read_table(
@@ -64,13 +130,7 @@ def read_table(
            [4.9, nan]]), names=('length', 'width'), weight=None)
     """
     path = Path(path)
-    if path.is_dir():
-        raise DataError(f"{path} is a directory: give a CSV or an HDF5 file")
-    if not path.exists():
-        raise DataError(f"{path} does not exist: give a CSV or an HDF5 file")
-    if not os.access(path, os.R_OK):
-        raise DataError(f"{path} cannot be read: you have no permission to")
-    if h5py.is_hdf5(path):
+    if _is_hdf5(path):
         stored = find_table(path, dataset)
         numbers = stored.read()
         chosen = _chosen(path, stored.columns, columns, weight, named=False)
