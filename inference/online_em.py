@@ -26,7 +26,8 @@ class OnlineEM(ClassicalEM):
     so that a pass over the data takes many M-steps and a few passes do what many iterations of EM do. Items should come
     in no order: in memory they are shuffled once; for a file use `pnem.data.Rows(..., shuffle=True)`.
 
-    An iteration is a pass. Its evidence is that which every piece had before it was learned from; the bound may fall.
+    An iteration is a pass. Its evidence is that which every piece had before it was learned from. Near the optimum it
+    differs from pass to pass by noise: that it falls, too, counts as convergence.
 
     Args:
         model: the generative model.
@@ -57,6 +58,9 @@ class OnlineEM(ClassicalEM):
             raise StrategyError(f"delay must be at least 0 and finite, but is {delay}")
         self.exponent = exponent
         self.delay = delay
+
+    def _converged(self, iterations: int, rise: Tensor) -> bool:
+        return super()._converged(iterations, rise.clamp_min(0))
 
     def _iterate(
         self, items: Items, parameters: Parameters, count: Tensor | int

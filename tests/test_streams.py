@@ -125,6 +125,21 @@ def test_online_em_shuffles_what_is_sorted():
     assert model.likelihood.mean(fit.theta[0]).abs().max() < 3
 
 
+@pytest.mark.filterwarnings("error")
+def test_online_em_learns_from_a_sorted_file(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["x"] = np.concatenate([np.random.default_rng(k).normal(k, 1, (20_000, 1)) for k in (0, 6)])
+    rows = Rows(tmp_path / "x.h5", chunk=2**13, shuffle=True)
+    # Every chunk is of both halves: 0.5 within six standard deviations of the share of 128 places.
+    shares = [(chunk < 3).double().mean().item() for chunk in rows]
+    assert shares == pytest.approx([0.5] * 5, abs=0.27)
+    model = mixture(MultivariateNormal(), 2, 1)
+    fit = OnlineEM(model, iterations=30).fit(rows)
+    assert fit.converged
+    assert model.likelihood.mean(fit.theta[0]).sort(0).values.flatten().tolist() == pytest.approx([0, 6], abs=0.1)
+    assert fit.log_mixing.exp().flatten().tolist() == pytest.approx([0.5, 0.5], abs=0.1)
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     with h5py.File(tmp_path / "x.h5", "w") as file:

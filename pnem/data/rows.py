@@ -1,11 +1,10 @@
 """Rows of an HDF5 table, read in chunks: data that need not fit into memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pnem.data.arrays import check_whole
@@ -16,19 +15,21 @@ __all__ = ["Rows"]
 
 # Rows of a chunk, and of wide tables the numbers.
 CHUNK, CHUNK_SIZE = 2**17, 2**24
+# Places in the file that a shuffled chunk comes from: of a sorted file it is then like the whole.
+PLACES = 128
 
 
 class Rows:
     """The rows of a two-dimensional HDF5 dataset, in chunks (n, C), as `ClassicalEM.fit` takes them.
 
-    The file is opened anew for every pass and never held in memory as a whole.
+    The file is opened for every pass anew, or every shuffled chunk, and never held in memory as a whole.
 
     Args:
         path: the file.
         dataset: the name of the dataset, (N, C), of numbers; None where the file has just one.
         columns: which columns, counted from 0, in this order; all when None.
         chunk: rows that are read at once; 131,072, or fewer of wide tables, when None.
-        shuffle: whether chunks, and the rows in each, come in an order that torch's generator decides.
+        shuffle: whether rows come in an order that torch's generator decides: each chunk from 128 places of the file.
 
     Attributes:
         names: what its columns, which HDF5 does not name, are called: x0, x1, ...
@@ -67,15 +68,20 @@ class Rows:
         return len(self)
 
     def __iter__(self) -> Iterator[Tensor]:
-        starts = np.arange(0, len(self), self.chunk)
-        if self.shuffle:
-            starts = starts[torch.randperm(len(starts)).numpy()]
-        for rows in self._read(starts):
-            yield rows[torch.randperm(len(rows))] if self.shuffle else rows
+        if not self.shuffle:
+            yield from self.in_order()
+            return
+        size = max(1, self.chunk // PLACES)
+        places = torch.randperm(-(-len(self) // size))
+        for chosen in places.split(max(1, self.chunk // size)):
+            # Read in the order of the file, which is faster.
+            starts = (chosen.sort().values * size).tolist()
+            rows = torch.cat(list(self._read(starts, size)))
+            yield rows[torch.randperm(len(rows))]
 
     def in_order(self) -> Iterator[Tensor]:
         """Chunks (n, C) in the order of the file, whether or not they are to be shuffled."""
-        return self._read(np.arange(0, len(self), self.chunk))
+        return self._read(range(0, len(self), self.chunk), self.chunk)
 
     def sample(self, items: int) -> Tensor:
         """So many rows, all if there are no more, without replacement and always the same: (n, C)."""
@@ -83,9 +89,9 @@ class Rows:
         groups = np.split(chosen, np.searchsorted(chosen, np.arange(self.chunk, len(self), self.chunk)))
         return torch.cat([rows[own % self.chunk] for rows, own in zip(self.in_order(), groups, strict=True)])
 
-    def _read(self, starts: NDArray[np.int64]) -> Iterator[Tensor]:
+    def _read(self, starts: Iterable[int], size: int) -> Iterator[Tensor]:
         with open_table(self.table) as dataset:
             for start in starts:
-                rows = dataset[start : start + self.chunk]
+                rows = dataset[start : start + size]
                 rows = rows if self.columns is None else rows[:, self.columns]
                 yield torch.from_numpy(rows.astype(np.float64, copy=False))
