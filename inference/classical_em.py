@@ -56,6 +56,9 @@ class ClassicalEM(Strategy):
     torch.Size([1, 3, 500])
     """
 
+    # Whether the bound may not fall.
+    monotone = True
+
     def __init__(self, model: SpatialMixture, *, iterations: int = 100, tol: float = 1e-3, initial: str = "k-means++"):
         super().__init__(model, iterations=iterations)
         if not tol >= 0:
@@ -131,7 +134,11 @@ class ClassicalEM(Strategy):
         if keep_trace:
             raise StrategyError("classical EM keeps no trace: leave keep_trace out")
         with torch.no_grad():
+            if not isinstance(x, Tensor):
+                raise StrategyError(f"x must be a tensor (B, D, C), but is a {type(x).__name__}; chunks are for fit")
             if not self.rule.local:
+                if restarts != 1 or not all(given is None for given in (iterations, gamma, theta, weight)):
+                    raise StrategyError("with a linear decoder infer fits nothing: leave all but x out, or use fit")
                 state, log_evidence = self._factors(x)
                 return Posterior.from_states([state], log_evidence, keep_trace=False)
             parameters, evidence, _, items = self._climb(
@@ -142,7 +149,7 @@ class ClassicalEM(Strategy):
 
     def init(self, x: Tensor, gamma: Tensor | None = None) -> State:
         """The state at the first parameters, from `gamma` (B, K, D) or as `initial` says."""
-        self.model.check(x, missing=True)
+        self.model.check(x, missing=True, new=True)
         with torch.no_grad():
             items = self._items(x)
             return self._state(self._start(items, x.double(), 1, gamma=gamma), items)
@@ -200,13 +207,14 @@ class ClassicalEM(Strategy):
             for value, found in self._iterate(items, start, count):
                 evidence.append(value)
                 parameters = found
-                bar.advance((evidence[-1] / count).max().item())
+                if bar.shown:
+                    bar.advance((evidence[-1] / count).max().item())
                 if len(evidence) > 1:
                     rise = (evidence[-1] - evidence[-2]) / count
                 if len(evidence) == iterations or not bool((rise >= self.tol).any()):
                     break
-        converged = has_converged(len(evidence), rise[rise.isfinite()], self.tol)
         best, trace = best_start(self.model, parameters, torch.stack(evidence))
+        converged = has_converged(trace, count, self.tol, monotone=self.monotone)
         if isinstance(items.rule, FactorAnalysis):
             items.rule.write(best)
         else:
@@ -232,26 +240,27 @@ class ClassicalEM(Strategy):
         bar: Progress,
     ) -> tuple[Items, Parameters, Tensor | int]:
         """The items, where each start begins, and how many items there are, by weight."""
-        if self.model.mixing_kind == "per_image" and theta is None:
-            # Those of the images fitted before.
-            images = len(x) if isinstance(x, Tensor) else 1
-            self.model.set_log_mixing(self.model.mixing_logits.new_zeros(images, self.model.num_components))
         if isinstance(x, Tensor):
-            self.model.check(x, missing=True)
+            # Mixing weights per image, if any, are those of images fitted before.
+            self.model.check(x, missing=True, new=theta is None)
             check_given(self.model, x, gamma=gamma, theta=theta, weight=weight, local=self.rule.local)
             x = (x if self.rule.local else x.flatten(1).unsqueeze(0)).double()
             weight = None if weight is None else weight.double().reshape(x.shape[:2])
-            rule = self._make_rule(x, require_channels(x))
+            rule = self._make_rule(x, require_channels(x, weight))
             items = Items(rule, [x], weight)
             count = x.shape[1] if weight is None else weight.sum(-1)
             return items, self._start(items, x, restarts, gamma=gamma, theta=theta, weight=weight), count
+        if hasattr(x, "__array__") or not isinstance(x, Iterable):
+            raise StrategyError(
+                f"x must be a tensor (B, D, C), or an iterable of chunks (n, C), but is a {type(x).__name__}: "
+                "torch.as_tensor(x) makes a tensor of an array"
+            )
         if gamma is not None or weight is not None:
             raise StrategyError("items in chunks take neither gamma nor weight: leave them out")
         stream = Stream(x, self.model)
         found = survey(stream, self.model, local=self.rule.local)
         if theta is not None:
             check_given(self.model, found.sample, theta=theta, local=self.rule.local)
-        require_channels(found.sample)
         rule = self._make_rule(found.sample, found.missing)
         bar.expect(found.size)
         start = self._start(Items(rule, [found.sample]), found.sample, restarts, theta=theta)
@@ -265,10 +274,10 @@ class ClassicalEM(Strategy):
         theta, log_mixing = parameters.theta[0], parameters.log_mixing[0]
         log_joint = items.log_joint(parameters)
         psi = self.model.decode(theta)
-        mean = self.model.likelihood.mean(psi)
-        mean, psi = (value.expand(*value.shape[:-2], log_joint.shape[-1], value.shape[-1]) for value in (mean, psi))
-        state = State(theta, mean, psi, log_joint.softmax(-2), log_joint, log_mixing)
-        return State(*(value.to(self.model.mixing_logits.dtype) for value in state))
+        state = State(theta, self.model.likelihood.mean(psi), psi, log_joint.softmax(-2), log_joint, log_mixing)
+        state = State(*(value.to(self.model.mixing_logits.dtype) for value in state))
+        D = log_joint.shape[-1]
+        return state._replace(mean=state.mean.expand(-1, -1, D, -1), psi=state.psi.expand(-1, -1, D, -1))
 
     def _factors(self, x: Tensor) -> tuple[State, Tensor]:
         """The state at the posterior means of θ, and log p(x), (1, B)."""

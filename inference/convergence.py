@@ -34,12 +34,16 @@ class Fit(NamedTuple):
     converged: bool
 
 
-def has_converged(iterations: int, rise: Tensor, tol: float) -> bool:
-    """Whether the last rise of the evidence in nats per item, of every finite start, is within tol of zero.
+def has_converged(trace: Tensor, count: Tensor | int, tol: float, *, monotone: bool) -> bool:
+    """Whether the last rise of the evidence (T, B) of so many items is within tol of zero, in nats per item.
+
+    Where the method is not `monotone`, a fall is no less an end of the climb.
 
     Warns:
         ConvergenceWarning: it is not.
     """
+    iterations, rise = len(trace), (trace[-1:] - trace[-2:-1]) / count
+    rise = rise if monotone else rise.clamp_min(0)
     if iterations > 1 and bool((rise.abs() <= max(tol, 1e-9)).all()):
         return True
     if iterations == 1:
@@ -67,11 +71,14 @@ def best_start(model: SpatialMixture, parameters: Parameters, evidence: Tensor) 
     # Starts that share mixing weights between images stand or fall together.
     shared = model.mixing_kind == "learned"
     final = evidence[-1].sum(-1, keepdim=True).expand(-1, B) if shared else evidence[-1]
-    final = final.masked_fill(~final.isfinite(), -torch.inf)
+    # The evidence is of the parameters before the last M-step.
+    broken = ~final.isfinite() | ~parameters.theta.isfinite().flatten(2).all(-1)
+    final = final.masked_fill(broken, -torch.inf)
     if bool(final.amax(0).isinf().any()):
         raise ModelError(
-            "no start kept a finite evidence: a component's covariance is not positive definite where its items are "
-            "equal or lie in a plane; use a larger floor, fewer components, a simpler covariance, or a prior"
+            f"no start kept finite parameters in image {int(final.amax(0).isinf().nonzero()[0])}: a component's items "
+            "are equal or lie in a plane, or some are so far away that nothing else is seen; use a larger floor, fewer "
+            "components, a simpler covariance, a prior, or leave out or rescale what is far"
         )
     best, images = final.argmax(0), torch.arange(B, device=evidence.device)
     return Parameters(*(value[best, images].unsqueeze(0) for value in parameters)), evidence[:, best, images]

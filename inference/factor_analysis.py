@@ -119,7 +119,9 @@ class FactorAnalysis(MStep):
         mean = (covariance @ projected.unsqueeze(-1)).squeeze(-1)
         log_det = present @ (variance.log() + LOG_2PI).unsqueeze(-1)
         half = lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        distance = (difference.square() / variance.unsqueeze(1)).sum(-1) - (projected * mean).sum(-1)
+        # The sum of two squares, where their difference would cancel.
+        left = (difference - mean @ W.transpose(-1, -2)) * present
+        distance = (left.square() / variance.unsqueeze(1)).sum(-1) + mean.square().sum(-1)
         return mean, covariance, -0.5 * (distance + log_det.squeeze(-1)) - half
 
     def begin(self, prepared: Tensor) -> Count:  # noqa: D102

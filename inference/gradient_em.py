@@ -84,6 +84,8 @@ class GradientEM(Strategy):
     def init(self, x: Tensor, gamma: Tensor | None = None) -> State:  # noqa: D102
         if self.model.num_pixels is not None:
             return super().init(x, gamma)
+        if not x.shape[0] * x.shape[1]:
+            raise StrategyError(f"x has shape {tuple(x.shape)}: give at least one item")
         if gamma is None:
             gamma = nearest(x, seeds(x, x.new_ones(x.shape[:-1]), self.model.num_components, far=True))
         state = super().init(x, gamma)

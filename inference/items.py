@@ -46,8 +46,9 @@ class Items:
         self.order: Tensor | None = None
         if isinstance(chunks, list):
             self._arrange(rule.order(chunks[0]))
-            if _fit(rule, self.chunks[0]):
-                self.prepared = list(map(rule.prepare, self.chunks[0].split(rule.piece, 1)))
+            (x,) = self.chunks
+            if _fit(rule, x):
+                self.prepared = list(map(rule.prepare, x.split(rule.piece, 1)))
 
     def _arrange(self, order: Tensor | None) -> None:
         """Puts the items of a single chunk, and their weights, into another order."""
@@ -94,18 +95,18 @@ class Items:
         return Expectation(evidence + self.rule.log_prior(parameters), statistics)
 
     def begin(self, gamma: Tensor) -> Tensor:
-        """The statistics of all items under γ (R, B, K, D), before there are any parameters."""
+        """The statistics (1, B, K, S) of all items under γ (B, K, D), before there are any parameters."""
         counted = []
         gamma = gamma if self.order is None else gamma[..., self.order]
         for (prepared, weight), part in zip(self, gamma.split(self.rule.piece, -1), strict=True):
             weighted = part if weight is None else part * weight.unsqueeze(-2)
-            counted.append(self.rule.begin(prepared)(weighted.permute(1, 3, 0, 2)))
+            counted.append(self.rule.begin(prepared)(weighted.permute(0, 2, 1).unsqueeze(2)))
         return functools.reduce(operator.add, counted)
 
 
 def _fit(rule: MStep, x: Tensor) -> bool:
-    few = rule.prepare(x[:, : rule.piece])
-    return few.element_size() * few.numel() / few.shape[1] * x.shape[1] <= KEEP
+    one = rule.prepare(x[:1, :1])
+    return one.element_size() * one.numel() * x.shape[0] * x.shape[1] <= KEEP
 
 
 class Stream:
@@ -118,10 +119,12 @@ class Stream:
         self.device = model.mixing_logits.device
 
     def __iter__(self) -> Iterator[Tensor]:
-        for chunk in map(torch.as_tensor, self.chunks):
-            if chunk.dim() != 2:
-                raise StrategyError(f"a chunk of items must be (n, C), but has shape {tuple(chunk.shape)}")
-            yield chunk.to(self.device).unsqueeze(0)
+        for chunk in self.chunks:
+            if not isinstance(chunk, Tensor) or chunk.dim() != 2:
+                got = tuple(chunk.shape) if isinstance(chunk, Tensor) else type(chunk).__name__
+                raise StrategyError(f"a chunk of items must be a tensor (n, C), but is {got}")
+            if len(chunk):
+                yield chunk.to(self.device).unsqueeze(0)
 
 
 class Survey(NamedTuple):
@@ -139,12 +142,13 @@ def survey(stream: Stream, model: SpatialMixture, *, local: bool) -> Survey:
         ModelError: items do not fit the model.
         StrategyError: there are none.
     """
-    size, missing = 0, False
+    size, missing, there = 0, False, torch.zeros((), dtype=torch.bool)
     kept, keys = None, torch.empty(0, dtype=torch.float64)
     for chunk in stream:
-        model.check(chunk if local else chunk.transpose(0, 1), missing=True)
+        model.check(chunk if local else chunk.transpose(0, 1), missing=True, new=True)
         size += chunk.shape[1]
         missing = missing or bool(chunk.isnan().any())
+        there = there.to(chunk.device) | ~chunk[0].isnan().all(0)
         # Every item draws a key, and those with the smallest keys stay.
         candidates = chunk.double() if kept is None else torch.cat([kept, chunk.double()], 1)
         keys = torch.cat([keys, torch.rand(chunk.shape[1], dtype=torch.float64)])
@@ -152,4 +156,6 @@ def survey(stream: Stream, model: SpatialMixture, *, local: bool) -> Survey:
         kept = candidates[:, order.to(candidates.device)]
     if kept is None or size < 1:
         raise StrategyError("there are no items: give at least one")
+    if not bool(there.all()):
+        raise StrategyError(f"channel {int(there.long().argmin())} has no value at all, only NaN: leave it out")
     return Survey(size, missing, kept)

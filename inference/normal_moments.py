@@ -17,9 +17,9 @@ ROUNDING = 1e-6
 @register_m_step(decoders.Constant, MultivariateNormal)
 @register_m_step(decoders.Constant, MultivariateNormal, NormalInverseWishart)
 class NormalMoments(MatchMoments):
-    """`MatchMoments`, but `NormalScaleMixture` with u = 1 as long as items are far from the origin for a component's scale.
+    """`MatchMoments`, but `NormalScaleMixture` with u = 1 while some items are far away in units of a component's σ.
 
-    ⟨η, T(x)⟩ is of the order of (x/σ)², which rounds off what matters where a component is 10⁵ of its σ away.
+    ⟨η, T(x)⟩ is of the order of (x/σ)², which rounds off what matters at some 10⁴ σ.
     """
 
     def __init__(self, model: SpatialMixture, x: Tensor, *, missing: bool):

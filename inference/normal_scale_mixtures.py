@@ -30,7 +30,7 @@ class Group(NamedTuple):
 
 
 class Conditionals(NamedTuple):
-    """Of groups, (R, G, K, ...): W with |W (x − μ)|² = δ, ½ log |Σ_oo|, and with A = slope E[x − μ | x_o] = A (x − μ)."""
+    """Of groups (R, G, K, ...): W with δ = |W(x − μ)|², ½ log|Σ_oo|, A with E[x | x_o] = μ + A(x − μ), Cov[x | x_o]."""
 
     whitening: Tensor
     half_log_det: Tensor
@@ -164,16 +164,18 @@ class NormalScaleMixture(MStep):
             (difference,) = differences
             second = (difference * weight.unsqueeze(-1)).transpose(-1, -2) @ difference
             return (weight.unsqueeze(-2) @ difference).squeeze(-2), second, weight.sum(-1, keepdim=True)
-        first, second, owned = [], [], []
+        firsts: list[Tensor] = []
+        seconds: list[Tensor] = []
+        owned: list[Tensor] = []
         for (image, rows, _), difference in zip(groups, differences, strict=True):
             part = weight[:, image, :, rows].unsqueeze(-1)
-            first.append((part * difference).sum(-2))
-            second.append((part * difference).transpose(-1, -2) @ difference)
+            firsts.append((part * difference).sum(-2))
+            seconds.append((part * difference).transpose(-1, -2) @ difference)
             owned.append(gamma[:, image, :, rows].sum(-1))
         slope = conditionals.slope
-        moved = (slope @ torch.stack(first, 1).unsqueeze(-1)).squeeze(-1)
+        moved = (slope @ torch.stack(firsts, 1).unsqueeze(-1)).squeeze(-1)
         spread = torch.stack(owned, 1)[..., None, None] * conditionals.covariance
-        scatter = slope @ torch.stack(second, 1) @ slope.transpose(-1, -2) + spread
+        scatter = slope @ torch.stack(seconds, 1) @ slope.transpose(-1, -2) + spread
         images = torch.tensor([group.image for group in groups], device=gamma.device)
         shape = gamma.shape[:3]
         return (
@@ -216,7 +218,8 @@ class NormalScaleMixture(MStep):
             covariance = second / ratio - mass / ratio * outer
         theta = self.normal.fit(mean + origin, covariance, share)
         if self.student is not None:
-            theta = torch.cat([theta, self._log_df(*kept[..., -3:].split(1, -1), expanded)], -1)
+            total, log_u, count = kept[..., -3:].split(1, -1)
+            theta = torch.cat([theta, self._log_df(total, log_u, count, expanded)], -1)
         return Parameters(theta, self.log_mixing(weight.squeeze(-1)))
 
     def _unchanged(self, statistics: Tensor) -> Tensor:

@@ -59,8 +59,7 @@ class OnlineEM(ClassicalEM):
         self.exponent = exponent
         self.delay = delay
 
-    def _converged(self, iterations: int, rise: Tensor) -> bool:
-        return super()._converged(iterations, rise.clamp_min(0))
+    monotone = False
 
     def _iterate(
         self, items: Items, parameters: Parameters, count: Tensor | int

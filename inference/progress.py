@@ -27,6 +27,7 @@ class Progress:
             console=Console(stderr=True),
             disable=not shown,
         )
+        self.shown = shown
         self._iterations = self._bars.add_task("EM", total=iterations, note="")
         self._items: TaskID | None = None
 

@@ -33,16 +33,18 @@ def first_parameters(
     if theta is not None:
         return Parameters(theta.double().unsqueeze(0), model.log_mixing.double().expand(1, B, K))
     if gamma is not None:
-        weighted = gamma.double().unsqueeze(0)
-    elif initial == "random":
-        weighted = x.new_empty(restarts, B, K, D).normal_().abs_()
-        weighted /= weighted.sum(-2, keepdim=True)
-    else:
-        chance = x.new_ones(B, D) if weight is None else weight
-        filled = torch.where(x.isnan(), x.nanmedian(1, keepdim=True).values, x) if items.rule.missing else x
-        far = initial == "k-means++"
-        weighted = torch.stack([nearest(filled, seeds(filled, chance, K, far=far)) for _ in range(restarts)])
-    return items.rule.maximise(items.begin(weighted))
+        return items.rule.maximise(items.begin(gamma.double()))
+    chance = x.new_ones(B, D) if weight is None else weight
+    filled = torch.where(x.isnan(), x.nanmedian(1, keepdim=True).values, x) if items.rule.missing else x
+
+    def draw() -> Tensor:
+        if initial == "random":
+            weighted = x.new_empty(B, K, D).normal_().abs_()
+            return weighted / weighted.sum(-2, keepdim=True)
+        return nearest(filled, seeds(filled, chance, K, far=initial == "k-means++"))
+
+    # One by one, for γ of all starts at once would take much memory.
+    return items.rule.maximise(torch.cat([items.begin(draw()) for _ in range(restarts)]))
 
 
 def seeds(x: Tensor, weight: Tensor, K: int, *, far: bool) -> Tensor:
@@ -67,7 +69,8 @@ def _draw(x: Tensor, chance: Tensor) -> Tensor:
 def nearest(x: Tensor, seeds: Tensor) -> Tensor:
     """γ (B, K, D) of one for the nearest seed and zero for the others."""
     # Relative to a seed, for distances between items far from zero would cancel.
-    owner = torch.cdist(x - seeds[:, :1], seeds - seeds[:, :1]).argmin(-1)
+    difference, others = x - seeds[:, :1], seeds - seeds[:, :1]
+    owner = torch.cdist(difference, others, compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
     return F.one_hot(owner, seeds.shape[1]).to(x.dtype).transpose(-1, -2)
 
 
@@ -88,6 +91,9 @@ def check_given(
         raise StrategyError("factor analysis starts at random loadings: leave gamma and theta out")
     if not local and D > 1 and weight is not None:
         raise StrategyError("weights are of items, and here an item is an image: give images of one pixel")
+    for name, value in (("gamma", gamma), ("theta", theta), ("weight", weight)):
+        if value is not None and not isinstance(value, Tensor):
+            raise StrategyError(f"{name} must be a tensor, but is a {type(value).__name__}: use torch.as_tensor")
     given = {"gamma": (gamma, (B, K, D)), "theta": (theta, (B, K, M)), "weight": (weight, (B, D))}
     for name, (value, shape) in given.items():
         if value is not None and value.shape != shape:
@@ -101,15 +107,18 @@ def check_given(
         raise StrategyError("weights must be at least 0 and not all 0")
 
 
-def require_channels(x: Tensor) -> bool:
-    """Whether values of items (B, D, C) are missing.
+def require_channels(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether values of items (B, D, C) of weights (B, D) are missing.
 
     Raises:
-        StrategyError: all those of a channel of an image are.
+        StrategyError: all those of a channel of an image are, among the items that count.
     """
     missing = x.isnan()
-    nothing = missing.all(1).nonzero()
+    if not bool(missing.any()):
+        return False
+    absent = missing if weight is None else missing | (weight == 0).unsqueeze(-1)
+    nothing = absent.all(1).nonzero()
     if len(nothing):
         image, channel = nothing[0].tolist()
         raise StrategyError(f"channel {channel} of image {image} has no value at all, only NaN: leave it out")
-    return bool(missing.any())
+    return True

@@ -51,8 +51,8 @@ class Strategy(Configured, nn.Module, ABC):
         gamma_gradient: bool = True,
     ):
         super().__init__()
-        if iterations < 1:
-            raise StrategyError(f"iterations must be at least 1, but is {iterations}")
+        if not isinstance(iterations, int) or iterations < 1:
+            raise StrategyError(f"iterations must be at least 1, and whole, but is {iterations}")
         if e_step not in ("consistent", "greff2017"):
             raise StrategyError(f'e_step must be "consistent" or "greff2017", but is {e_step!r}')
         # Past nn.Module, which would register the model as a submodule.
@@ -204,7 +204,7 @@ def require_pixels(model: SpatialMixture, name: str) -> None:
 def check_starts(restarts: int, iterations: int, *, given: bool) -> None:
     """Raises `StrategyError` unless both are at least 1, and restarts are not all from the same given start."""
     for name, value in (("restarts", restarts), ("iterations", iterations)):
-        if value < 1:
-            raise StrategyError(f"{name} must be at least 1, but is {value}")
+        if not isinstance(value, int) or value < 1:
+            raise StrategyError(f"{name} must be at least 1, and whole, but is {value}")
     if restarts > 1 and given:
         raise StrategyError("restarts from a given start would all be the same: leave it out, or restarts at 1")

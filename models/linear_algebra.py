@@ -1,5 +1,6 @@
 """What distributions with a scale matrix need of linear algebra."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -39,6 +40,7 @@ def marginals(
 
     x (..., D, C), mean (..., 1, C) and L (..., 1, C, C) with Σ = L Lᵀ.
     """
+    dtype, x, mean, lower = x.dtype, x.double(), mean.double(), lower.double()
     covariance = lower @ lower.transpose(-1, -2)
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     results = []
@@ -47,7 +49,8 @@ def marginals(
         present, filled = present_channels(piece)
         both = present.unsqueeze(-1) * present.unsqueeze(-2)
         # Absent channels become independent ones of unit variance, at their mean.
-        factor = torch.linalg.cholesky(covariance * both + eye * (1 - both))
+        factor, info = torch.linalg.cholesky_ex(covariance * both + eye * (1 - both))
+        factor = factor.masked_fill((info != 0)[..., None, None], math.nan)
         distance = squared_distance((filled - mean) * present, factor)
-        results.append(log_density(distance, half_log_det(factor), present.sum(-1)))
+        results.append(log_density(distance, half_log_det(factor), present.sum(-1)).to(dtype))
     return torch.cat(results, -1)

@@ -136,7 +136,7 @@ class SpatialMixture(Configured, nn.Module):
             if self.mixing_kind == "learned":
                 self.mixing_logits.copy_(log_mixing[0])
             elif self.mixing_kind == "per_image":
-                self.mixing_logits = log_mixing.clone()
+                self.mixing_logits = log_mixing.to(self.mixing_logits.dtype, copy=True)
 
     @property
     def mixing(self) -> Tensor:
@@ -223,10 +223,11 @@ class SpatialMixture(Configured, nn.Module):
         # A masked Normal keeps its site in the trace, but contributes nothing: a flat prior.
         return normal.expand([self.latent_features]).to_event(1).mask(self.prior != "flat")
 
-    def check(self, x: Tensor, *, missing: bool = False) -> None:
+    def check(self, x: Tensor, *, missing: bool = False, new: bool = False) -> None:
         """Raises `ModelError` unless `x` is (..., D, C) with this model's pixels, finite, and in the support.
 
-        With `missing`, NaN stands for a missing value; a pixel must have at least one that is there.
+        With `missing`, NaN stands for a missing value; a pixel must have at least one that is there. Images are the
+        ones that mixing weights per image were fitted to, but with `new`.
         """
         D, C = self.num_pixels, self.num_channels
         if x.dim() < 3 or x.shape[-1] != C or D not in (None, x.shape[-2]):
@@ -235,7 +236,7 @@ class SpatialMixture(Configured, nn.Module):
                 f"x has shape {tuple(x.shape)}, but this model needs (B, {'D' if D is None else f'D={D}'}, C={C})"
                 + ("" if D is None else f": images of {H}×{W} pixels, flattened row by row")
             )
-        if self.mixing_logits.dim() == 2 and len(self.mixing_logits) != x.shape[0]:
+        if not new and self.mixing_logits.dim() == 2 and len(self.mixing_logits) != x.shape[0]:
             raise ModelError(
                 f"x holds {x.shape[0]} images, but this model's mixing weights were fitted to "
                 f"{len(self.mixing_logits)}, one set for each: give those, or declare a new model"

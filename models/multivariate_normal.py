@@ -76,7 +76,7 @@ class MultivariateNormal(ExponentialFamily):
     def psi(self, mean: Tensor, covariance: Tensor) -> Tensor:
         """ψ for a mean (..., C) and a covariance matrix (..., C, C), of which only what ψ can hold is used.
 
-        NaN where the covariance is not positive definite.
+        NaN where the covariance is not positive definite, even with its diagonal raised by as much as it is rounded.
         """
         C = mean.shape[-1]
         if not self._triangular:
@@ -85,6 +85,10 @@ class MultivariateNormal(ExponentialFamily):
                 variance = variance.mean(-1, keepdim=True)
             return torch.cat([mean, _log_scale(variance)], -1)
         lower, info = torch.linalg.cholesky_ex(covariance)
+        if bool((info != 0).any()):
+            rounding = 8 * C * torch.finfo(covariance.dtype).eps * covariance.diagonal(dim1=-2, dim2=-1)
+            rounding = rounding * (info != 0).unsqueeze(-1)
+            lower, info = torch.linalg.cholesky_ex(covariance + torch.diag_embed(rounding))
         rows, columns = torch.tril_indices(C, C, device=mean.device)
         scale = lower[..., rows, columns]
         scale = torch.where(rows == columns, scale.clamp_min(0).log(), scale)
@@ -164,7 +168,9 @@ class MultivariateNormal(ExponentialFamily):
             if self.covariance == "tied":
                 share = (weight / weight.sum(-2, keepdim=True)).unsqueeze(-1)
                 covariance = (share * covariance).sum(-3, keepdim=True).expand_as(covariance)
-            return self.psi(mean, covariance + self.floor * torch.eye(mean.shape[-1]).to(mean))
+            return self.psi(
+                mean, covariance + self.floor * torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+            )
         if self.covariance == "spherical":
             # A component that owns nothing weighs its channels equally.
             weight = weight.expand_as(covariance).clamp_min(torch.finfo(weight.dtype).tiny)
@@ -173,7 +179,7 @@ class MultivariateNormal(ExponentialFamily):
 
     def origin(self, x: Tensor) -> Tensor:
         """The median, which one far item cannot move."""
-        return x.nanmedian(-2, keepdim=True).values
+        return x.nanmedian(-2, keepdim=True).values.nan_to_num()
 
     def translate(self, psi: Tensor, shift: Tensor) -> Tensor:  # noqa: D102
         C = self.num_channels(psi.shape[-1])

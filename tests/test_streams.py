@@ -169,7 +169,10 @@ def test_chunks_that_cannot_work_are_refused():
     for chunks, error, message in [
         ((chunk for chunk in torch.ones(4, 5, 2)), StrategyError, "iterated only once"),
         ([], StrategyError, "no items"),
-        ([torch.ones(1, 5, 2)], StrategyError, r"must be \(n, C\)"),
+        ([torch.ones(1, 5, 2)], StrategyError, r"must be a tensor \(n, C\), but is \(1, 5, 2\)"),
+        ([[1, 2]], StrategyError, "but is list"),
+        (np.ones((5, 2)), StrategyError, "torch.as_tensor"),
+        (None, StrategyError, "NoneType"),
         ([torch.ones(5, 2), -torch.ones(5, 2)], ModelError, "whole numbers from 0"),
         ([torch.ones(5, 3)], ModelError, "C=2"),
         ([torch.full((5, 2), torch.nan)], ModelError, "no value at all"),
