@@ -142,13 +142,18 @@ def survey(stream: Stream, model: SpatialMixture, *, local: bool) -> Survey:
         ModelError: items do not fit the model.
         StrategyError: there are none.
     """
-    size, missing, there = 0, False, torch.zeros((), dtype=torch.bool)
+    size, missing = 0, False
     kept, keys = None, torch.empty(0, dtype=torch.float64)
+    # The first item of every channel that has it.
+    first: dict[int, Tensor] = {}
     for chunk in stream:
         model.check(chunk if local else chunk.transpose(0, 1), missing=True, new=True)
         size += chunk.shape[1]
-        missing = missing or bool(chunk.isnan().any())
-        there = there.to(chunk.device) | ~chunk[0].isnan().all(0)
+        there = ~chunk[0].isnan()
+        missing = missing or not bool(there.all())
+        for channel in there.any(0).nonzero().flatten().tolist():
+            if channel not in first:
+                first[channel] = chunk[:, int(there[:, channel].long().argmax()), None].double()
         # Every item draws a key, and those with the smallest keys stay.
         candidates = chunk.double() if kept is None else torch.cat([kept, chunk.double()], 1)
         keys = torch.cat([keys, torch.rand(chunk.shape[1], dtype=torch.float64)])
@@ -156,6 +161,9 @@ def survey(stream: Stream, model: SpatialMixture, *, local: bool) -> Survey:
         kept = candidates[:, order.to(candidates.device)]
     if kept is None or size < 1:
         raise StrategyError("there are no items: give at least one")
-    if not bool(there.all()):
-        raise StrategyError(f"channel {int(there.long().argmin())} has no value at all, only NaN: leave it out")
+    for channel, nothing in enumerate(kept.isnan().all(1)[0].tolist()):
+        if channel not in first:
+            raise StrategyError(f"channel {channel} has no value at all, only NaN: leave it out")
+        if nothing:
+            kept = torch.cat([kept, first[channel]], 1)
     return Survey(size, missing, kept)

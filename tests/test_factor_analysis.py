@@ -168,6 +168,7 @@ BAD = {
     ),
     "a flat prior": (lambda: SpatialMixture(decoders.Linear(2, (1, 1, 3)), Normal(), 1), {}, "GradientEM"),
     "responsibilities": (lambda: factors(3), {"gamma": torch.ones(5, 1, 1)}, "leave gamma and theta out"),
+    "weights of images of many pixels": (lambda: factors(3, D=2), {"weight": torch.ones(5, 2)}, "images of one pixel"),
     "given factors": (lambda: factors(3), {"theta": torch.ones(5, 1, 2)}, "leave gamma and theta out"),
     "weights below zero": (lambda: factors(3), {"weight": -torch.ones(5, 1)}, "at least 0"),
 }
@@ -175,8 +176,20 @@ BAD = {
 
 @pytest.mark.parametrize(("make", "arguments", "message"), BAD.values(), ids=BAD)
 def test_what_cannot_be_fitted_so_is_refused(make, arguments, message):
+    D = arguments["weight"].shape[1] if "weight" in arguments else 1
     with pytest.raises(StrategyError, match=message):
-        ClassicalEM(make()).fit(torch.randn(5, 1, 3), **arguments)
+        ClassicalEM(make()).fit(torch.randn(5, D, 3), **arguments)
+
+
+def test_infer_fits_nothing_and_says_so():
+    with pytest.raises(StrategyError, match="leave all but x out"):
+        ClassicalEM(factors(3)).infer(torch.randn(5, 1, 3), restarts=3)
+
+
+def test_little_noise_costs_no_digits():
+    torch.manual_seed(1)
+    trace = ClassicalEM(factors(4, 3), iterations=200, tol=0).fit(torch.randn(3, 1, 4)).elbo_trace
+    assert bool((trace.diff(dim=0) > -1e-8).all())
 
 
 def test_rows_of_other_width_are_refused():

@@ -14,7 +14,7 @@ from test_missing_values import holes
 from pnem.data import Rows
 from pnem.errors import DataError, ModelError, StrategyError
 from pnem.inference import ClassicalEM, OnlineEM
-from pnem.models import MultivariateNormal, NormalInverseWishart, Poisson, SpatialMixture, decoders
+from pnem.models import MultivariateNormal, NormalInverseWishart, Poisson, SpatialMixture, StudentT, decoders
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -108,9 +108,35 @@ def test_online_em_gets_where_em_gets(prior):
     online = OnlineEM(model, iterations=8, tol=1e-6).fit(x.split(10_000), restarts=4)
     reached = model.log_evidence(x[None], online.theta).item()
     assert reached / len(x) == pytest.approx(exact.elbo_trace[-1].item() / len(x), abs=2e-3)
-    # After its first pass it is where exact EM needs several iterations to be.
-    first = OnlineEM(model, iterations=1).fit(x.split(10_000), theta=exact.theta + 0.3 * torch.randn_like(exact.theta))
-    assert bool(first.theta.isfinite().all())
+
+
+@pytest.mark.parametrize("size", [4096, 4097, 8193])
+def test_a_short_last_piece_weighs_little(size):
+    x = torch.randn(1, size, 1)
+    likelihood = MultivariateNormal()
+    mean, lower = likelihood.moments(OnlineEM(mixture(likelihood, 1, 1)).fit(x).theta[0, 0])
+    assert mean.item() == pytest.approx(x.mean().item(), abs=0.02)
+    assert lower.item() == pytest.approx(x.std().item(), abs=0.02)
+
+
+def test_online_steps_are_in_proportion_to_weights():
+    x = torch.cat([torch.randn(1, 20_000, 1), torch.randn(1, 5, 1) + 9], 1)
+    likelihood = MultivariateNormal()
+    weight = (x[..., 0] > 6).double()
+    mean = likelihood.mean(OnlineEM(mixture(likelihood, 1, 1)).fit(x, weight=weight).theta[0, 0])
+    assert mean.item() == pytest.approx(9, abs=1.5)
+
+
+def test_a_sparse_channel_of_a_stream_is_no_error():
+    x = torch.randn(150_000, 2)
+    x[2:, 1] = torch.nan
+    fit = ClassicalEM(mixture(MultivariateNormal("diagonal"), 1), iterations=3).fit(x.split(50_000))
+    assert bool(fit.theta.isfinite().all())
+
+
+def test_empty_chunks_are_passed_over():
+    chunks = [torch.randn(50, 2), torch.zeros(0, 2), torch.randn(50, 2)]
+    assert ClassicalEM(mixture(StudentT(), 1), iterations=2).fit(chunks).theta.isfinite().all()
 
 
 def test_online_em_shuffles_what_is_sorted():
