@@ -42,8 +42,8 @@ class ClassicalEM(Strategy):
         iterations: at most this many.
         tol: stop when the evidence rises by less than this, in nats per item.
         initial: where to start: ``"k-means++"``: items nearest to seeds far from one another (Arthur & Vassilvitskii
-            2007); ``"random"``: random responsibilities; ``"points"``: items nearest to random items. Loadings of
-            factor analysis start at random.
+            2007); ``"random"``: random responsibilities, from which components that begin alike part slowly, so that
+            tol must be small; ``"points"``: items nearest to random items. Loadings of factor analysis start at random.
 
     Raises:
         StrategyError: no rule is registered for the model; iterations < 1, a negative tol, or an unknown start.

@@ -63,7 +63,7 @@ class NormalInverseWishart(Prior):
 
     Args:
         mean: m, one number or one per channel.
-        scale: Ψ, one number (times the identity), or its diagonal, or its rows.
+        scale: Ψ, one number (times the identity), or its diagonal, or its rows; the mode of Σ alone is Ψ/(ν + C + 2).
         mean_precision: κ, how many items m counts as.
         degrees_of_freedom: ν, more than C − 1; C + 2 when None.
 

@@ -151,6 +151,38 @@ def test_described_built_and_loaded_it_is_the_same(rule):
     assert (repeated.iterations, repeated.tol, repeated.initial) == (7, 1e-4, "points")
 
 
+@pytest.mark.parametrize("isotropic", [False, True])
+def test_factors_are_the_same_described_built_loaded_and_in_single_precision(isotropic):
+    model = factors(4, isotropic=isotropic)
+    strategy = ClassicalEM(model, iterations=50)
+    strategy.fit(TABLE[:, None])
+    posterior = strategy.infer(TABLE[:, None])
+    assert posterior.theta.shape == (80, 1, 2)
+    assert posterior.mean.shape == (80, 1, 1, 4)
+    assert posterior.elbo_trace.shape == (1, 80)
+    again = build(describe(model))
+    again.load_state_dict(model.state_dict())
+    repeated = build(describe(strategy), again).infer(TABLE[:, None])
+    assert torch.equal(repeated.theta, posterior.theta)
+    assert torch.equal(repeated.elbo_trace, posterior.elbo_trace)
+    alone = strategy.infer(TABLE[3:4, None])
+    torch.testing.assert_close(alone.theta, posterior.theta[3:4])
+    again.float()
+    single = build(describe(strategy), again).infer(TABLE[:, None].float())
+    assert single.theta.dtype == torch.float32
+    torch.testing.assert_close(single.elbo_trace.double(), posterior.elbo_trace, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_factors_on_a_gpu_agree_with_the_cpu():
+    model = factors(4)
+    strategy = ClassicalEM(model, iterations=3000, tol=1e-11)
+    cpu = strategy.fit(TABLE[:, None]).elbo_trace[-1]
+    model.cuda()
+    torch.testing.assert_close(strategy.fit(TABLE[:, None].cuda()).elbo_trace[-1].cpu(), cpu, rtol=1e-6, atol=1e-4)
+
+
 @every_rule
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
