@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
@@ -13,7 +14,7 @@ from pnem.models import Bernoulli, Likelihood
 from pnem.plots.ellipses import centre_and_spread
 from pnem.plots.style import INK
 
-__all__ = ["SUM", "draw_counts", "draw_densities"]
+__all__ = ["draw_counts", "draw_densities"]
 
 Array = NDArray[Any]
 
@@ -26,8 +27,11 @@ MOST_STEMS, MOST_MARKS = 30, 300
 
 def draw_densities(
     axes: Axes, x: Array, weight: Array, likelihood: Likelihood, psi: Tensor, log_mixing: Tensor, colours: Array
-) -> None:
-    """Densities: x (D,) with its shares `weight` of all items, psi (K, 1, P), log π (K,), colours (K, 3)."""
+) -> Line2D:
+    """Densities: x (D,) with its shares `weight` of all items, psi (K, 1, P), log π (K,), colours (K, 3).
+
+    Returns the legend's line for their sum.
+    """
     edges = _edges(x)
     axes.hist(x, edges.tolist(), weights=weight / (edges[1] - edges[0]), color=BARS)
     if len(x) <= MOST_MARKS:
@@ -45,12 +49,13 @@ def draw_densities(
         axes.plot(grid, values, color=colour)
     axes.plot(grid, density.sum(0), color=INK, **SUM)
     axes.set_xlim(low, high)
+    return Line2D([], [], color=INK, label="mixture", **SUM)
 
 
 def draw_counts(
     axes: Axes, x: Array, weight: Array, likelihood: Likelihood, psi: Tensor, log_mixing: Tensor, colours: Array
-) -> None:
-    """Probabilities of whole numbers: stems side by side, or lines where there are many."""
+) -> Line2D:
+    """Probabilities of whole numbers, as `draw_densities`: stems side by side, or lines where there are many."""
     if isinstance(likelihood, Bernoulli):
         # A grey value is an expected bit.
         found, share = np.arange(2.0), np.array([np.average(1 - x, weights=weight), np.average(x, weights=weight)])
@@ -69,12 +74,13 @@ def draw_counts(
         for colour, values in zip(colours, mass, strict=True):
             axes.plot(support, values, color=colour)
         axes.plot(support, mass.sum(0), color=INK, **SUM)
-    else:
-        offsets = (np.arange(len(mass)) - (len(mass) - 1) / 2) * 0.7 / len(mass)
-        for colour, values, offset in zip(colours, mass, offsets, strict=True):
-            axes.vlines(support + offset, 0, values, color=colour, lw=1.6)
-            axes.plot(support + offset, values, "o", color=colour, ms=3)
-        axes.hlines(mass.sum(0), support - 0.45, support + 0.45, color=INK, lw=1)
+        return Line2D([], [], color=INK, label="mixture", **SUM)
+    offsets = (np.arange(len(mass)) - (len(mass) - 1) / 2) * 0.7 / len(mass)
+    for colour, values, offset in zip(colours, mass, offsets, strict=True):
+        axes.vlines(support + offset, 0, values, color=colour, lw=1.6)
+        axes.plot(support + offset, values, "o", color=colour, ms=3)
+    axes.hlines(mass.sum(0), support - 0.45, support + 0.45, color=INK, lw=1)
+    return Line2D([], [], color=INK, label="mixture", lw=1)
 
 
 def _weighted(x: Array, likelihood: Likelihood, psi: Tensor, log_mixing: Tensor) -> Array:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pnem.errors import DataError
 from pnem.plots.ellipses import draw_ellipses, window
-from pnem.plots.histograms import SUM, draw_counts, draw_densities
+from pnem.plots.histograms import draw_counts, draw_densities
 from pnem.plots.palette import component_colours
-from pnem.plots.style import FAINT, INK, STYLE, NotebookFigure
+from pnem.plots.style import FAINT, STYLE, NotebookFigure
 
 if TYPE_CHECKING:
     from pnem.models import SpatialMixture
@@ -81,12 +81,10 @@ def mixture_1d(
     axes = figure.add_subplot()
     values = drawing.x[:, 0].numpy()
     draw = draw_counts if drawing.counts else draw_densities
-    draw(axes, values, drawing.weight, model.likelihood, drawing.psi, drawing.log_mixing, drawing.colours)
+    mixture = draw(axes, values, drawing.weight, model.likelihood, drawing.psi, drawing.log_mixing, drawing.colours)
     axes.set(xlabel=names[0], ylabel="probability" if drawing.counts else _density(names[0]))
     axes.set_ylim(0, None)
-    return _finished(
-        figure, axes, [*drawing.handles(), Line2D([], [], color=INK, label="mixture", **SUM)], drawing.notes
-    )
+    return _finished(figure, axes, [*drawing.handles(), mixture], drawing.notes)
 
 
 @matplotlib.rc_context(STYLE)
