@@ -37,7 +37,7 @@ class NormalMoments(MatchMoments):
 
     def prepare(self, x: Tensor) -> Tensor:  # noqa: D102
         prepared = super().prepare(x)
-        largest = prepared.abs().amax(1)
+        largest = prepared[..., : self.model.num_channels].abs().amax(1)
         self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
         return prepared
 
@@ -48,7 +48,8 @@ class NormalMoments(MatchMoments):
     def at(self, parameters: Parameters) -> EStep:  # noqa: D102
         eta, _ = self.family.natural(self.family.translate(parameters.theta, -self.origin))
         assert self.largest is not None
-        size = (eta.abs() * self.largest[:, : eta.shape[-1]].unsqueeze(1)).sum(-1)
+        # The products in T are at most those of the largest values.
+        size = (eta.abs() * self.family.statistics(self.largest).unsqueeze(1)).sum(-1)
         self.by_exact = not self.about_origin and bool((torch.finfo(size.dtype).eps * size > ROUNDING).any())
         if not self.by_exact:
             return super().at(parameters)
