@@ -76,9 +76,10 @@ def best_start(model: SpatialMixture, parameters: Parameters, evidence: Tensor) 
     final = final.masked_fill(broken, -torch.inf)
     if bool(final.amax(0).isinf().any()):
         raise ModelError(
-            f"no start kept finite parameters in image {int(final.amax(0).isinf().nonzero()[0])}: a component's items "
-            "are equal or lie in a plane, or some are so far away that nothing else is seen; use a larger floor, fewer "
-            "components, a simpler covariance, a prior, or leave out or rescale what is far"
+            f"no start kept finite parameters in image {int(final.amax(0).isinf().nonzero()[0])}, as where a "
+            "covariance is not positive definite because a component's items are equal or lie in a plane, or some are "
+            "so far away that nothing else is seen; use a larger floor, fewer components, a simpler covariance, a "
+            "prior, or leave out or rescale what is far"
         )
     best, images = final.argmax(0), torch.arange(B, device=evidence.device)
     return Parameters(*(value[best, images].unsqueeze(0) for value in parameters)), evidence[:, best, images]
