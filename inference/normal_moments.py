@@ -25,7 +25,6 @@ class NormalMoments(MatchMoments):
     def __init__(self, model: SpatialMixture, x: Tensor, *, missing: bool):
         super().__init__(model, x, missing=missing)
         self.exact = NormalScaleMixture(model, x, missing=missing)
-        self.exact.origin = self.origin
         self.by_exact = False
         self.largest: Tensor | None = None
 

@@ -60,7 +60,7 @@ class NormalScaleMixture(MStep):
         self.likelihood = model.likelihood
         self.student = model.likelihood if isinstance(model.likelihood, StudentT) else None
         self.normal = model.likelihood.normal if isinstance(model.likelihood, StudentT) else model.likelihood
-        self.origin = x.nanmedian(-2, keepdim=True).values.nan_to_num()
+        self.origin = self.normal.origin(x)
         self.x = x
         self.centre = torch.zeros_like(self.origin)
         self.previous: Tensor | None = None
