@@ -29,7 +29,8 @@ class ClassicalEM(Strategy):
         Q(θ, π) = Σ_i Σ_k γ_{k,i} log p(x_i, z_i = k | θ, π)   + log p(θ, π) where the model has priors
 
     exactly, by the rule registered for the model's decoder, likelihood and prior (`register_m_step`), so that
-    log p(x | θ, π) + log p(θ, π) never falls (but for a floor of the likelihood, which can make it). Channels of x
+    log p(x | θ, π) + log p(θ, π) never falls (but for a floor of the likelihood, which can make it, and for rounding
+    where a component holds items beyond 10⁸ of its σ). Channels of x
     that are NaN are missing: they are summed or integrated out exactly.
 
     With `decoders.Constant`, θ and π are fitted for the images at hand, by `infer` and `fit` alike: there is nothing

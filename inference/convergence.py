@@ -51,7 +51,7 @@ def has_converged(trace: Tensor, count: Tensor | int, tol: float, *, monotone: b
     elif bool((rise > tol).any()):
         change = f"still rises by {rise.max().item():.2g} nats per item"
     else:
-        change = f"fell by {-rise.min().item():.2g} nats per item, as a floor of the likelihood can make it"
+        change = f"fell by {-rise.min().item():.2g} nats per item, as a floor, or items beyond 10⁸ σ, can make it"
     warnings.warn(
         f"after {iterations} iterations the evidence {change} (tol={tol:.2g}): allow more iterations, or change tol or "
         "the floor",

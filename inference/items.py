@@ -96,8 +96,13 @@ class Items:
 
     def begin(self, gamma: Tensor) -> Tensor:
         """The statistics (1, B, K, S) of all items under γ (B, K, D), before there are any parameters."""
-        counted = []
         gamma = gamma if self.order is None else gamma[..., self.order]
+        self.rule.centre_on(None)
+        statistics = self._begin(gamma)
+        return self._begin(gamma) if self.rule.centre_on(statistics) else statistics
+
+    def _begin(self, gamma: Tensor) -> Tensor:
+        counted = []
         for (prepared, weight), part in zip(self, gamma.split(self.rule.piece, -1), strict=True):
             weighted = part if weight is None else part * weight.unsqueeze(-2)
             counted.append(self.rule.begin(prepared)(weighted.permute(0, 2, 1).unsqueeze(2)))

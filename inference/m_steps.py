@@ -80,6 +80,10 @@ class MStep(ABC):
     def begin(self, prepared: Tensor) -> Count:
         """What counts prepared items before there are any parameters."""
 
+    def centre_on(self, statistics: Tensor | None) -> bool:
+        """Told what a pass of `begin` has counted, and None before it: whether to count again, about these means."""
+        return False
+
     @abstractmethod
     def at(self, parameters: Parameters) -> EStep:
         """The E-step at these parameters."""

@@ -22,6 +22,8 @@ class NormalMoments(MatchMoments):
     ⟨η, T(x)⟩ is of the order of (x/σ)², which rounds off what matters at some 10⁴ σ.
     """
 
+    family: MultivariateNormal
+
     def __init__(self, model: SpatialMixture, x: Tensor, *, missing: bool):
         super().__init__(model, x, missing=missing)
         self.exact = NormalScaleMixture(model, x, missing=missing)
@@ -41,24 +43,41 @@ class NormalMoments(MatchMoments):
         return prepared
 
     def begin(self, prepared: Tensor) -> Count:  # noqa: D102
+        return self.exact.begin(self._split(prepared)) if self.by_exact else super().begin(prepared)
+
+    def centre_on(self, statistics: Tensor | None) -> bool:  # noqa: D102
         self.by_exact = False
-        return super().begin(prepared)
+        if statistics is None:
+            return self.exact.centre_on(None)
+        count = statistics[..., -1:]
+        S = self.family.statistics(statistics[..., : self.model.num_channels]).shape[-1]
+        first, second = self.family.split(statistics[..., :S] / count)
+        second = second if self.family.independent_channels else second.diagonal(dim1=-2, dim2=-1)
+        lost = torch.finfo(second.dtype).eps * second > ROUNDING * (second - first.square()).abs()
+        self.by_exact = not self.about_origin and bool(lost.any())
+        return self.by_exact and self.exact.centre_on(torch.cat([first * count, count], -1))
+
+    def _split(self, prepared: Tensor) -> Tensor:
+        """[x, which channels are there], as the exact rule has items."""
+        C = self.model.num_channels
+        x = prepared[..., :C]
+        present = prepared[..., -2 - C : -2] if self.missing else torch.ones_like(x)
+        return torch.cat([x, present], -1)
 
     def at(self, parameters: Parameters) -> EStep:  # noqa: D102
         eta, _ = self.family.natural(self.family.translate(parameters.theta, -self.origin))
         assert self.largest is not None
         # The products in T are at most those of the largest values.
         size = (eta.abs() * self.family.statistics(self.largest).unsqueeze(1)).sum(-1)
-        self.by_exact = not self.about_origin and bool((torch.finfo(size.dtype).eps * size > ROUNDING).any())
-        if not self.by_exact:
+        lost = bool((torch.finfo(size.dtype).eps * size > ROUNDING).any())
+        self.by_exact = lost and not self.about_origin
+        if not lost:
             return super().at(parameters)
         e_step = self.exact.at(parameters)
-        S, C = eta.shape[-1], self.model.num_channels
 
         def exactly(prepared: Tensor) -> tuple[Tensor, Count]:
-            x = prepared[..., :C]
-            present = prepared[..., S : S + C] if self.missing else torch.ones_like(x)
-            return e_step(torch.cat([x, present], -1))
+            log_joint, count = e_step(self._split(prepared))
+            return log_joint, count if self.by_exact else super(NormalMoments, self).begin(prepared)
 
         return exactly
 

@@ -89,15 +89,27 @@ class NormalScaleMixture(MStep):
         x, present = prepared.chunk(2, -1)
         mean, variance = self.whole
         filled = x + (1 - present) * mean
-        matrix = filled.unsqueeze(-1) * filled.unsqueeze(-2) + torch.diag_embed((1 - present) * variance)
-        one = torch.ones_like(filled[..., :1])
-        complete = torch.cat([filled, matrix.flatten(-2), one, -_log_minus_digamma(one * FIRST_DF), one], -1)
+        log_u = -_log_minus_digamma(torch.full_like(x[:1, :1, 0], FIRST_DF))
 
         def count(gamma: Tensor) -> Tensor:
-            statistics = gamma.flatten(-2).transpose(-1, -2) @ complete
-            return statistics.unflatten(1, gamma.shape[-2:]).transpose(0, 1)
+            weight = gamma.permute(2, 0, 3, 1)
+            owned = weight.sum(-1, keepdim=True)
+            difference = filled.unsqueeze(1) - self.centre.unsqueeze(-2)
+            first = (weight.unsqueeze(-2) @ difference).squeeze(-2)
+            second = (difference * weight.unsqueeze(-1)).transpose(-1, -2) @ difference
+            second = second + torch.diag_embed((weight @ (1 - present)) * variance)
+            return torch.cat([first, second.flatten(-2), owned, owned * log_u, owned], -1)
 
         return count
+
+    def centre_on(self, statistics: Tensor | None) -> bool:  # noqa: D102
+        if statistics is None:
+            self.previous, self.centre = None, torch.zeros_like(self.origin)
+            return False
+        if not self.about_origin:
+            first, owned = statistics[..., : self.model.num_channels], statistics[..., -1:]
+            self.centre = torch.where(owned > 0, first / owned, self.whole[0])
+        return not self.about_origin
 
     def at(self, parameters: Parameters) -> EStep:  # noqa: D102
         theta, log_mixing = parameters
@@ -225,7 +237,11 @@ class NormalScaleMixture(MStep):
     def _unchanged(self, statistics: Tensor) -> Tensor:
         """Statistics that leave components as they were; before there are any, those of all items."""
         if self.previous is None:
-            return statistics.sum(-2, keepdim=True)
+            whole, variance = self.whole
+            shift = whole - self.centre
+            second = torch.diag_embed(variance.expand_as(shift)) + shift.unsqueeze(-1) * shift.unsqueeze(-2)
+            one = torch.ones_like(shift[..., :1])
+            return TRACE * torch.cat([shift, second.flatten(-2), one, -_log_minus_digamma(FIRST_DF * one), one], -1)
         mean, lower = self.likelihood.moments(self.previous)
         shift = mean - self.origin - self.centre
         second = lower @ lower.transpose(-1, -2) + shift.unsqueeze(-1) * shift.unsqueeze(-2)

@@ -26,6 +26,9 @@ class OnlineEM(ClassicalEM):
     so that a pass over the data takes many M-steps and a few passes do what many iterations of EM do. Items should come
     in no order: in memory they are shuffled once; for a file use `pnem.data.Rows(..., shuffle=True)`.
 
+    Its sums are about one origin, the median, so that components more than some 10⁶ of their σ from it lose digits,
+    which `ClassicalEM` would keep.
+
     An iteration is a pass. Its evidence is that which every piece had before it was learned from. Near the optimum it
     differs from pass to pass by noise: that it falls, too, counts as convergence.
 

@@ -34,6 +34,7 @@ def first_parameters(
         return Parameters(theta.double().unsqueeze(0), model.log_mixing.double().expand(1, B, K))
     if gamma is not None:
         return items.rule.maximise(items.begin(gamma.double()))
+
     chance = x.new_ones(B, D) if weight is None else weight
     filled = torch.where(x.isnan(), x.nanmedian(1, keepdim=True).values, x) if items.rule.missing else x
 
@@ -44,7 +45,8 @@ def first_parameters(
         return nearest(filled, seeds(filled, chance, K, far=initial == "k-means++"))
 
     # One by one, for γ of all starts at once would take much memory.
-    return items.rule.maximise(torch.cat([items.begin(draw()) for _ in range(restarts)]))
+    starts = [items.rule.maximise(items.begin(draw())) for _ in range(restarts)]
+    return Parameters(*(torch.cat(values) for values in zip(*starts, strict=True)))
 
 
 def seeds(x: Tensor, weight: Tensor, K: int, *, far: bool) -> Tensor:

@@ -241,13 +241,20 @@ def test_one_far_item_does_not_change_what_the_others_get(kind, far):
     assert bool((both.elbo_trace.diff(dim=0) > -1e-6).all())
 
 
-def test_clusters_ten_million_deviations_apart_keep_their_shape():
-    x = torch.cat([torch.randn(1, 300, 2), torch.randn(1, 300, 2) + 1e7], 1)
-    model = mixture(MultivariateNormal(), 2)
-    posterior = ClassicalEM(model, iterations=50, tol=1e-9).infer(x, restarts=3)
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("covariance", COVARIANCES)
+@pytest.mark.parametrize("kind", [MultivariateNormal, StudentT])
+@pytest.mark.parametrize("far", [1e5, 1e7, 1e9])
+def test_clusters_far_apart_keep_their_shape(far, kind, covariance, missing):
+    x = torch.cat([torch.randn(1, 300, 2), torch.randn(1, 300, 2) + far], 1)
+    if missing:
+        x[0, ::5, 1] = torch.nan
+    model = mixture(kind(covariance), 2)
+    posterior = ClassicalEM(model, iterations=100, tol=1e-9).infer(x, restarts=3)
     _, lower = model.likelihood.moments(posterior.theta[0])
-    torch.testing.assert_close(lower @ lower.mT, torch.eye(2).expand(2, 2, 2), atol=0.25, rtol=0)
-    assert posterior.elbo_trace[-1].item() == pytest.approx(model.log_evidence(x, posterior.theta).item(), abs=1e-3)
+    torch.testing.assert_close(lower @ lower.mT, torch.eye(2).expand(2, 2, 2), atol=0.3, rtol=0)
+    assert posterior.elbo_trace[-1].item() == pytest.approx(model.log_evidence(x, posterior.theta).item(), abs=1e-2)
+    assert bool((posterior.elbo_trace.diff(dim=0) > -1e-3).all())
 
 
 def test_a_large_mean_loses_no_digits_in_single_precision():

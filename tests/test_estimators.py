@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
-from pnem.errors import DataError, PnemError
+from pnem.errors import DataError, ModelError, PnemError
 from pnem.estimators import FactorAnalysis, MixtureModel, factor_analysis
 from pnem.inference import ClassicalEM
 from pnem.models import SpatialMixture
@@ -579,3 +579,19 @@ class TestBadInput:
     def test_samples_below_one(self) -> None:
         with pytest.raises(PnemError, match="n_samples must be a whole number of at least 1"):
             mixture().fit(data()).sample(0)
+
+
+def test_a_refit_leaves_nothing_of_the_last_one():
+    X = np.random.default_rng(0).normal(size=(60, 2))
+    mixture = MixtureModel(2, likelihood="student-t", max_iter=300).fit(X)
+    mixture.set_params(likelihood="gaussian").fit(X)
+    assert hasattr(mixture, "covariances_")
+    assert not hasattr(mixture, "degrees_of_freedom_")
+    assert not hasattr(mixture, "scales_")
+    bic = mixture.bic(X)
+    assert mixture.set_params(n_components=7).bic(X) == bic
+
+
+def test_numbers_that_are_no_codes_are_refused():
+    with pytest.raises(ModelError, match="n_categories"):
+        MixtureModel(2, likelihood="categorical").fit([[0.0], [1.0], [1e12]])

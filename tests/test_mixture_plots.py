@@ -317,3 +317,12 @@ class TestBound:
                 plots.bound(torch.zeros(shape))
         with pytest.raises(DataError, match="num_items must be positive"):
             plots.bound(torch.zeros(3), 0)
+
+
+def test_dollars_in_names_are_no_mathematics():
+    x = torch.randn(1, 50, 2)
+    likelihood = MultivariateNormal()
+    model = SpatialMixture(decoders.Constant(likelihood.num_parameters(2)), likelihood, 2, mixing="learned")
+    fit = ClassicalEM(model, iterations=500, tol=1e-2).fit(x)
+    figure = plots.mixture_2d(x, model, fit, names=["$a_b_c$", "cost $ per $"])
+    assert figure.axes[0].get_xlabel() == "$a_b_c$"

@@ -1,5 +1,6 @@
 """Tables: what a file says is what is read, and every file that says nothing usable is refused by name."""
 
+import os
 from pathlib import Path
 
 import h5py
@@ -194,3 +195,10 @@ class TestHDF5:
             read_table(hdf5)
         with pytest.raises(DataError, match="not an HDF5 file"):
             find_table(csv(tmp_path, "1,2"))
+
+
+def test_a_pipe_is_refused(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="save the data to a file"):
+        read_table(path)

@@ -91,6 +91,8 @@ def _is_hdf5(path: Path) -> bool:
         raise DataError(f"{path} is a directory: give a CSV or an HDF5 file")
     if not path.exists():
         raise DataError(f"{path} does not exist: give a CSV or an HDF5 file")
+    if not path.is_file():
+        raise DataError(f"{path} is not a regular file, but a pipe or a device: save the data to a file first")
     if not os.access(path, os.R_OK):
         raise DataError(f"{path} cannot be read: you have no permission to")
     return bool(h5py.is_hdf5(path))

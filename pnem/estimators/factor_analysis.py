@@ -77,9 +77,8 @@ class FactorAnalysis(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         """Fits the model to data X (N, C), in which NaN is a missing value.
 
         Raises:
-            ValueError: X is no table of numbers that are finite or NaN; a sample or a feature has no
-                value; a feature has, with
-                isotropic noise all of them, a single one; or a parameter is out of its range.
+            ValueError: X is no table of numbers that are finite or NaN; a sample or a feature has no value; a feature
+                is constant, or with isotropic noise all of them are; or a parameter is out of its range.
 
         Warns:
             sklearn.exceptions.ConvergenceWarning: the log-likelihood still changed by more than `tol`.

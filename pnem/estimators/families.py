@@ -6,13 +6,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pnem.errors import ModelError
 from pnem.estimators.checks import require_choice, require_integer, require_real
 from pnem.models import Bernoulli, Binomial, Categorical, Likelihood, MultivariateNormal, Poisson, StudentT
 
-__all__ = ["COVARIANCES", "LIKELIHOODS", "NON_NEGATIVE", "attributes", "count_parameters", "declare"]
+__all__ = [
+    "COVARIANCES",
+    "FAMILY_ATTRIBUTES",
+    "LIKELIHOODS",
+    "NON_NEGATIVE",
+    "attributes",
+    "count_parameters",
+    "declare",
+]
 
 LIKELIHOODS = ("gaussian", "student-t", "poisson", "bernoulli", "binomial", "categorical")
 NON_NEGATIVE = ("poisson", "bernoulli", "binomial", "categorical")
+FAMILY_ATTRIBUTES = {
+    "means_",
+    "covariances_",
+    "precisions_",
+    "scales_",
+    "degrees_of_freedom_",
+    "probabilities_",
+}
+# A larger code is rather a number or a date than that of a category.
+LARGEST_CODE = 10_000
 COVARIANCES = {"full": "full", "tied": "tied", "diag": "diagonal", "spherical": "spherical"}
 
 
@@ -40,7 +59,13 @@ def declare(
         return Binomial(int(n_trials or 0))
     if likelihood == "categorical":
         if n_categories is None:
-            n_categories = max(2, int(np.nanmax(x, initial=1)) + 1)
+            largest = np.nanmax(x, initial=1)
+            if largest > LARGEST_CODE:
+                raise ModelError(
+                    f"the largest category code is {largest:g}: give n_categories if there are that many, or codes 0, "
+                    "1, ... of fewer"
+                )
+            n_categories = max(2, int(largest) + 1)
         require_integer("n_categories", n_categories, 2)
         return Categorical(int(n_categories))
     require_choice("covariance_type", covariance_type, COVARIANCES)

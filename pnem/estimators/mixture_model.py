@@ -14,7 +14,7 @@ from torch import Tensor
 from pnem.devices import forked_rng, resolve_device
 from pnem.errors import DataError
 from pnem.estimators.checks import require_choice, require_integer, require_real, require_values, sample_weights
-from pnem.estimators.families import NON_NEGATIVE, attributes, count_parameters, declare
+from pnem.estimators.families import FAMILY_ATTRIBUTES, NON_NEGATIVE, attributes, count_parameters, declare
 from pnem.estimators.fitting import run_em, tensor
 from pnem.estimators.priors import PRIORS, declare_concentration, declare_prior
 from pnem.models import SpatialMixture, decoders
@@ -199,6 +199,9 @@ class MixtureModel(DensityMixin, BaseEstimator):
         )
         self.model_ = fitted.model
         self.theta_ = fitted.theta[0]
+        for name in FAMILY_ATTRIBUTES & vars(self).keys():
+            # Of another likelihood, fitted before.
+            delattr(self, name)
         self.weights_ = self.model_.mixing.detach().numpy()
         for name, value in attributes(self.model_.likelihood, self.theta_).items():
             setattr(self, name, value)
@@ -281,8 +284,8 @@ class MixtureModel(DensityMixin, BaseEstimator):
         return torch.cat(pieces)
 
     def _count_parameters(self) -> int:
-        components = count_parameters(self.model_.likelihood, self.n_components, self.n_features_in_)
-        return components + self.n_components - 1
+        K = len(self.weights_)
+        return count_parameters(self.model_.likelihood, K, self.n_features_in_) + K - 1
 
 
 def _order(X: np.ndarray) -> np.ndarray:

@@ -82,7 +82,9 @@ def mixture_1d(
     values = drawing.x[:, 0].numpy()
     draw = draw_counts if drawing.counts else draw_densities
     mixture = draw(axes, values, drawing.weight, model.likelihood, drawing.psi, drawing.log_mixing, drawing.colours)
-    axes.set(xlabel=names[0], ylabel="probability" if drawing.counts else _density(names[0]))
+    # A dollar in a name is not mathematics.
+    axes.set_xlabel(names[0], parse_math=False)
+    axes.set_ylabel("probability" if drawing.counts else _density(names[0]), parse_math=False)
     axes.set_ylim(0, None)
     return _finished(figure, axes, [*drawing.handles(), mixture], drawing.notes)
 
@@ -125,7 +127,8 @@ def mixture_2d(
     across, up = points.numpy().T
     axes.scatter(across, up, s=area, c=colours, alpha=0.6, linewidths=0, rasterized=len(points) > 2000)
     ellipses = draw_ellipses(axes, model.likelihood, drawing.psi, drawing.log_mixing, drawing.colours)
-    axes.set(xlabel=names[0], ylabel=names[1])
+    axes.set_xlabel(names[0], parse_math=False)
+    axes.set_ylabel(names[1], parse_math=False)
     if drawing.counts:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator("auto", integer=True))
