@@ -2,15 +2,14 @@
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pnem.inference.conditionals import Conditionals, Group, condition, group_by_channels, one_group, patterns
 from pnem.inference.m_steps import Count, EStep, MStep, Parameters, register_m_step
 from pnem.models import MultivariateNormal, NormalInverseWishart, SpatialMixture, StudentT, decoders
 from pnem.models.likelihoods import present_channels
-from pnem.models.linear_algebra import half_log_det
 from pnem.models.multivariate_normal import LOG_2PI
 
 __all__ = ["NormalScaleMixture"]
@@ -19,23 +18,6 @@ __all__ = ["NormalScaleMixture"]
 LARGEST_DF, SMALLEST_DF, FIRST_DF = 1e6, 1e-2, 10.0
 # What a component that owns nothing is taken to own of what it was.
 TRACE = 1e-200
-
-
-class Group(NamedTuple):
-    """Items of one image that have the same channels: their image, their places, and which channels."""
-
-    image: int
-    rows: Tensor
-    present: Tensor
-
-
-class Conditionals(NamedTuple):
-    """Of groups (R, G, K, ...): W with δ = |W(x − μ)|², ½ log|Σ_oo|, A with E[x | x_o] = μ + A(x − μ), Cov[x | x_o]."""
-
-    whitening: Tensor
-    half_log_det: Tensor
-    slope: Tensor
-    covariance: Tensor
 
 
 @register_m_step(decoders.Constant, StudentT)
@@ -77,7 +59,7 @@ class NormalScaleMixture(MStep):
         """By which channels are there, for every such pattern has matrices of its own in every piece it occurs in."""
         if not self.missing or len(x) > 1:
             return None
-        return _patterns(~x[0].isnan())[0].argsort()
+        return patterns(~x[0].isnan())[0].argsort()
 
     def prepare(self, x: Tensor) -> Tensor:
         """[x, which channels are there]: (B, D, 2 C)."""
@@ -121,8 +103,8 @@ class NormalScaleMixture(MStep):
 
         def e_step(prepared: Tensor) -> tuple[Tensor, Count]:
             x, present = prepared.chunk(2, -1)
-            groups = _groups(present) if self.missing else _whole(present)
-            conditionals = _condition(lower, groups)
+            groups = group_by_channels(present) if self.missing else one_group(present)
+            conditionals = condition(lower, groups)
             differences, distance, log_det = self._differences(x, mean, groups, conditionals)
             C = present.sum(-1).unsqueeze(1) if self.missing else torch.full_like(distance[:1, :1, :1, :1], x.shape[-1])
             u = log_u = None
@@ -269,49 +251,3 @@ class NormalScaleMixture(MStep):
 def _log_minus_digamma(df: Tensor) -> Tensor:
     """log(ν/2) − digamma(ν/2), which falls from ∞ to 0."""
     return (0.5 * df).log() - torch.digamma(0.5 * df)
-
-
-def _whole(present: Tensor) -> list[Group]:
-    every = torch.arange(present.shape[1], device=present.device)
-    return [Group(b, every, channels) for b, channels in enumerate(present[:, 0])]
-
-
-def _groups(present: Tensor) -> list[Group]:
-    """The items of each image by which of their channels are there: (B, D, C)."""
-    groups = []
-    for b, channels in enumerate(present):
-        pattern, counts = _patterns(channels > 0)
-        places = pattern.argsort().split(counts.tolist())
-        groups += [Group(b, rows, channels[rows[0]]) for rows in places]
-    return groups
-
-
-def _patterns(there: Tensor) -> tuple[Tensor, Tensor]:
-    """A number for every item's pattern of channels, (D, C) -> (D,), and how many items each has."""
-    C = there.shape[-1]
-    if C > 62:
-        return there.unique(dim=0, return_inverse=True, return_counts=True)[1:]
-    # As the bits of a whole number, which is far quicker to sort.
-    code = (there * 2 ** torch.arange(C, device=there.device)).sum(-1)
-    return code.unique(return_inverse=True, return_counts=True)[1:]
-
-
-def _condition(lower: Tensor, groups: list[Group]) -> Conditionals:
-    """From L (R, B, K, C, C) with Σ = L Lᵀ."""
-    images = torch.tensor([group.image for group in groups], device=lower.device)
-    there = torch.stack([group.present for group in groups]).unsqueeze(1)
-    lower = lower[:, images]
-    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-    both = there.unsqueeze(-1) * there.unsqueeze(-2)
-    covariance = lower @ lower.transpose(-1, -2)
-    # Absent channels as independent ones of unit variance leave the others' inverse and determinant as they are.
-    factor, info = torch.linalg.cholesky_ex(covariance * both + eye * (1 - both))
-    factor = factor.masked_fill((info != 0)[..., None, None], math.nan)
-    whitening = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False) * both
-    absent = (1 - there).unsqueeze(-1)
-    regression = absent * (covariance @ whitening.transpose(-1, -2) @ whitening)
-    # Of x − E[x | x_o], as a square, which has no negative variance.
-    left = (absent * eye - regression) @ lower
-    return Conditionals(
-        whitening, half_log_det(factor), regression + eye * there.unsqueeze(-1), left @ left.transpose(-1, -2)
-    )

@@ -18,9 +18,8 @@ pytestmark = [
 ]
 every_rule = pytest.mark.parametrize("rule", CLASSICAL)
 every_strategy = pytest.mark.parametrize("strategy", [ClassicalEM, OnlineEM])
-TABLE = torch.randn(80, 2, generator=torch.Generator().manual_seed(0)) @ torch.tensor(
-    [[1.0, 2.0, 0.0, -1.0], [0.5, 0.0, 1.0, 1.0]]
-) + torch.randn(80, 4, generator=torch.Generator().manual_seed(1))
+DRAWN = torch.randn(80, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+TABLE = DRAWN[:, :2] @ torch.tensor([[1.0, 2.0, 0.0, -1.0], [0.5, 0.0, 1.0, 1.0]]).double() + DRAWN[:, 2:]
 
 
 def data(rule: str, **shape: int) -> torch.Tensor:

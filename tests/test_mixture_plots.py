@@ -128,9 +128,16 @@ class TestDensities:
         assert np.max(narrow.get_ydata()) == pytest.approx(peak, rel=1e-3)
 
     def test_a_far_item_or_equal_items_make_no_trouble(self) -> None:
-        plots.mixture_1d(*fitted(np.r_[np.zeros(50), 1e12][:, None], MultivariateNormal("full", floor=1.0)))
-        plots.mixture_1d(*fitted(np.ones((20, 1)), MultivariateNormal("full")))
-        plots.mixture_2d(*fitted(np.ones((20, 2)), MultivariateNormal("full"), 1))
+        for figure in (
+            plots.mixture_1d(*fitted(np.r_[np.zeros(50), 1e12][:, None], MultivariateNormal("full", floor=1.0))),
+            plots.mixture_1d(*fitted(np.ones((20, 1)), MultivariateNormal("full"))),
+            plots.mixture_2d(*fitted(np.ones((20, 2)), MultivariateNormal("full"), 1)),
+        ):
+            axes = figure.axes[0]
+            assert np.isfinite([*axes.get_xlim(), *axes.get_ylim()]).all()
+            assert axes.get_xlim()[0] < axes.get_xlim()[1]
+            for line in axes.lines:
+                assert np.isfinite(np.asarray(line.get_ydata(), dtype=float)).all()
 
 
 class TestOutliers:
