@@ -16,11 +16,14 @@ from pnem.inference.online_em import OnlineEM
 from pnem.inference.posterior import Posterior, State
 from pnem.inference.rnn_em import RNNEM
 from pnem.inference.strategy import Strategy
+from pnem.inference.vae import VAE
+from pnem.inference.variational import Normals, NormalStrategy
 
 __all__ = [
     "ELBO",
     "NEM",
     "RNNEM",
+    "VAE",
     "BitFlip",
     "ClassicalEM",
     "ConvergenceWarning",
@@ -35,6 +38,8 @@ __all__ = [
     "Noise",
     "NormalMoments",
     "NormalScaleMixture",
+    "NormalStrategy",
+    "Normals",
     "Objective",
     "OnlineEM",
     "Parameters",

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -140,8 +139,7 @@ class ClassicalEM(Strategy):
             if not self.rule.local:
                 if restarts != 1 or not all(given is None for given in (iterations, gamma, theta, weight)):
                     raise StrategyError("with a linear decoder infer fits nothing: leave all but x out, or use fit")
-                state, log_evidence = self._factors(x)
-                return Posterior.from_states([state], log_evidence, keep_trace=False)
+                return self._factors(x)
             parameters, evidence, _, items = self._climb(
                 x, restarts, iterations, gamma=gamma, theta=theta, weight=weight
             )
@@ -171,11 +169,7 @@ class ClassicalEM(Strategy):
 
         With a linear decoder nothing is fitted, and it is the exact posterior of θ, a normal.
         """
-        if self.rule.local:
-            return self.guide_at(self.infer(x))()
-        mean, covariance, _ = posterior_of_factors(self.model, x)
-        with pyro.plate("images", len(x), dim=-2), pyro.plate("components", 1, dim=-1):
-            return pyro.sample("theta", dist.MultivariateNormal(mean.unsqueeze(1), covariance.unsqueeze(1)))
+        return self.guide_at(self.infer(x))()
 
     def _make_rule(self, x: Tensor, missing: bool) -> MStep:
         return self.rule.choose(self.model, missing=missing)(self.model, x, missing=missing)
@@ -276,16 +270,17 @@ class ClassicalEM(Strategy):
         log_joint = items.log_joint(parameters)
         psi = self.model.decode(theta)
         state = State(theta, self.model.likelihood.mean(psi), psi, log_joint.softmax(-2), log_joint, log_mixing)
-        state = State(*(value.to(self.model.mixing_logits.dtype) for value in state))
+        state = state.map(lambda value: value.to(self.model.mixing_logits.dtype))
         D = log_joint.shape[-1]
         return state._replace(mean=state.mean.expand(-1, -1, D, -1), psi=state.psi.expand(-1, -1, D, -1))
 
-    def _factors(self, x: Tensor) -> tuple[State, Tensor]:
-        """The state at the posterior means of θ, and log p(x), (1, B)."""
-        mean, _, log_evidence = posterior_of_factors(self.model, x)
+    def _factors(self, x: Tensor) -> Posterior:
+        """The exact posterior of θ; what depends on θ at its mean, and for the ELBO log p(x), (1, B)."""
+        mean, covariance, log_evidence = posterior_of_factors(self.model, x)
         theta = mean.unsqueeze(1)
         log_joint, psi = self.model.log_joint(x, theta), self.model.decode(theta)
         log_mixing = torch.zeros_like(theta[..., 0])
         gamma = torch.ones_like(log_joint)
         state = State(theta, self.model.likelihood.mean(psi), psi, gamma, log_joint, log_mixing)
-        return state, log_evidence.unsqueeze(0)
+        posterior = Posterior.from_states([state], log_evidence.unsqueeze(0), keep_trace=False)
+        return posterior._replace(q=dist.MultivariateNormal(theta, covariance.unsqueeze(1)).to_event(1))

@@ -57,8 +57,8 @@ class NEM(Strategy):
     def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102
         pull_back = torch.func.vjp(self.model.decode, state.theta)[1]
         (gradient,) = pull_back(self._gradient_at(state, x_in))
-        if self.model.prior == "standard_normal":
-            gradient = gradient - state.theta
+        if self.model.has_proper_prior:
+            gradient = gradient + torch.func.grad(lambda theta: self.model.log_prior(theta).sum())(state.theta)
         return state.theta + self.step_size * gradient
 
     def _gradient_at(self, state: State, x_in: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
 """What inference returns: the state of a strategy along its iterations, and the posterior at the last one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
+
+from pnem.inference.distributions import Concatenated
 
 __all__ = ["Posterior", "State"]
 
@@ -13,12 +16,15 @@ class State(NamedTuple):
     """What a strategy knows after an iteration.
 
     Attributes:
-        theta: (B, K, M), what each component knows.
+        theta: (B, K, M), what each component knows: all that follows is at this θ. A draw from q(θ) where that is a
+            distribution.
         mean: (B, K, D, C), E[x_i | ψ_{k,i}], what each component predicts.
         psi: (B, K, D, P), the parameters of that prediction.
         gamma: (B, K, D), the responsibilities of the strategy's E-step.
         log_joint: (B, K, D), log p(x_i, z_i = k | θ) of the declared model, in nats.
         log_mixing: (B, K), log π: the model's, unless the strategy fits it.
+        location, scale: (B, K, M), mean and standard deviation of a normal q(θ_k); None where q(θ) is a Delta.
+        memory: (B, K, H), what else a strategy carries from one iteration to the next; None for most.
     """
 
     theta: Tensor
@@ -27,26 +33,47 @@ class State(NamedTuple):
     gamma: Tensor
     log_joint: Tensor
     log_mixing: Tensor
+    location: Tensor | None = None
+    scale: Tensor | None = None
+    memory: Tensor | None = None
 
     @property
     def log_evidence(self) -> Tensor:
         """log p(x | θ), in nats per image: (B,)."""
         return self.log_joint.logsumexp(-2).sum(-1)
 
+    @property
+    def q(self) -> dist.TorchDistribution:
+        """q(θ), with batch shape (B,) and event shape (K, M)."""
+        if self.location is None:
+            return dist.Delta(self.theta, event_dim=2)
+        return dist.Normal(self.location, self.scale, validate_args=False).to_event(2)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "State":
+        """The state with `function` applied to all of its tensors."""
+        return State._make(None if value is None else function(value) for value in self)
+
+    @classmethod
+    def combine(cls, function: Callable[[tuple[Tensor, ...]], Tensor], states: Sequence["State"]) -> "State":
+        """One state from several, such as ``torch.stack`` or ``torch.cat`` of each of their tensors."""
+        return cls._make(None if values[0] is None else function(values) for values in zip(*states, strict=True))
+
 
 class Posterior(NamedTuple):
     """The result of inference on B images.
 
     Attributes:
-        theta: (B, K, M).
+        theta: (B, K, M), the mean of q(θ); psi, mean, gamma and log_evidence are at this θ.
         psi: (B, K, D, P).
         mean: (B, K, D, C), each component's prediction.
         gamma: (B, K, D), responsibilities.
         log_evidence: (B,), log p(x | θ) in nats per image.
         log_mixing: (B, K), log π.
         elbo_trace: (T, B), the strategy's ELBO after each iteration, in nats per image. For a strategy whose guide is
-            a Delta it is the plug-in log p(x, θ), which is no bound on log p(x).
+            a Delta it is the plug-in log p(x, θ), which is no bound on log p(x). Where q(θ) is a distribution, it is an
+            unbiased estimate from one draw of θ.
         trace: the states after each iteration, every field with a leading axis T; None if it was not kept.
+        q: q(θ), a distribution with batch shape (B,) and event shape (K, M).
     """
 
     theta: Tensor
@@ -57,6 +84,7 @@ class Posterior(NamedTuple):
     log_mixing: Tensor
     elbo_trace: Tensor
     trace: State | None
+    q: dist.TorchDistribution
 
     @property
     def labels(self) -> Tensor:
@@ -72,16 +100,19 @@ class Posterior(NamedTuple):
     def from_states(cls, states: Sequence[State], elbo_trace: Tensor, *, keep_trace: bool) -> "Posterior":
         """The posterior at the last of these states."""
         last = states[-1]
-        trace = State(*(torch.stack(values) for values in zip(*states, strict=True))) if keep_trace else None
-        return cls(last.theta, last.psi, last.mean, last.gamma, last.log_evidence, last.log_mixing, elbo_trace, trace)
+        trace = State.combine(torch.stack, states) if keep_trace else None
+        return cls(
+            last.theta, last.psi, last.mean, last.gamma, last.log_evidence, last.log_mixing, elbo_trace, trace, last.q
+        )
 
     @classmethod
     def concatenate(cls, posteriors: Sequence["Posterior"]) -> "Posterior":
         """One posterior over the images of several, in their order."""
         traces = [p.trace for p in posteriors if p.trace is not None]
-        trace = State(*(torch.cat(values, 1) for values in zip(*traces, strict=True))) if traces else None
+        trace = State.combine(lambda values: torch.cat(values, 1), traces) if traces else None
         theta, psi, mean, gamma, log_evidence, log_mixing = (
             torch.cat(values) for values in zip(*(p[:6] for p in posteriors), strict=True)
         )
         elbo_trace = torch.cat([p.elbo_trace for p in posteriors], 1)
-        return cls(theta, psi, mean, gamma, log_evidence, log_mixing, elbo_trace, trace)
+        q = Concatenated([p.q for p in posteriors])
+        return cls(theta, psi, mean, gamma, log_evidence, log_mixing, elbo_trace, trace, q)

@@ -8,13 +8,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pnem.inference.distributions import AsOneSite, by_component
 from pnem.inference.errors import StrategyError
 from pnem.inference.noise import Noise
 from pnem.inference.posterior import Posterior, State
 from pnem.models import Configured, SpatialMixture
 from pnem.models.parameters import register_parameters
 
-__all__ = ["Strategy", "check_starts", "require_pixels"]
+__all__ = ["Strategy", "check_starts", "require_pixels", "require_proper_prior"]
 
 # The original code adds this to p(x_i | ψ) in its E-step.
 GREFF_FLOOR = 1e-6
@@ -85,14 +86,26 @@ class Strategy(Configured, nn.Module, ABC):
         psi = x.new_zeros(batch, K, D, self.model.decoder.image_shape[2])
         return State(theta, mean, psi, gamma, torch.zeros_like(gamma), self.model.log_mixing.expand(batch, K))
 
+    def improve(self, state: State, x_in: Tensor) -> State:
+        """The state with a better q(θ), and θ drawn from it: by default a Delta at what `m_step` finds."""
+        return state._replace(theta=self.m_step(state, x_in))
+
     def step(self, state: State, x_in: Tensor, x: Tensor) -> State:
-        """One M-step that sees `x_in`, and the E-step on its target `x`: a pure function of tensors."""
-        theta = self.m_step(state, x_in)
+        """One M-step that sees `x_in`, and the E-step on its target `x`: a function of tensors alone.
+
+        Where q(θ) is a distribution, it draws θ with torch's global generator.
+        """
+        state = self.improve(state, x_in)
+        return self.evaluate(state, state.theta, x)
+
+    def evaluate(self, state: State, theta: Tensor, x: Tensor) -> State:
+        """The state at another θ (B, K, M), after the E-step on `x`; its q(θ) stays."""
         theta = theta.to(torch.promote_types(theta.dtype, torch.float32))
         psi = self.model.decode(theta)
         log_joint = self.model.log_joint_at(x, psi, state.log_mixing)
         gamma = self._responsibilities(log_joint, x, psi)
-        return State(theta, self.model.likelihood.mean(psi), psi, gamma, log_joint, state.log_mixing)
+        mean = self.model.likelihood.mean(psi)
+        return state._replace(theta=theta, mean=mean, psi=psi, gamma=gamma, log_joint=log_joint)
 
     def _responsibilities(self, log_joint: Tensor, x: Tensor, psi: Tensor) -> Tensor:
         if self.e_step == "greff2017":
@@ -120,28 +133,51 @@ class Strategy(Configured, nn.Module, ABC):
         return self.rollout(*self.start(x, gamma), x)
 
     def guide_at(self, state: State | Posterior) -> Callable[..., Tensor]:
-        """The Pyro guide at a state or posterior: a Delta on ``"theta"``."""
+        """The Pyro guide at a state or posterior: its q on ``"theta"``.
+
+        Where components depend on one another, ``"theta"`` follows from an auxiliary site of all of them.
+        """
+        q = state.q
 
         def guide(*_: object) -> Tensor:
-            with (
-                pyro.plate("images", len(state.theta), dim=-2),
-                pyro.plate("components", self.model.num_components, dim=-1),
-            ):
-                return pyro.sample("theta", dist.Delta(state.theta, event_dim=1))
+            components = by_component(q)
+            with pyro.plate("images", q.batch_shape[0], dim=-2):
+                if components is None:
+                    theta = pyro.sample("theta_of_all", AsOneSite(q), infer={"is_auxiliary": True})
+                    components = dist.Delta(theta.squeeze(-3), event_dim=1)
+                with pyro.plate("components", self.model.num_components, dim=-1):
+                    return pyro.sample("theta", components)
 
         return guide
 
     def elbo(self, state: State) -> Tensor:
         """The ELBO of `guide_at(state)`, z summed out, in nats per image: (B,).
 
-        For a Delta guide that is log p(x | θ) + log p(θ): a plug-in value, not a bound on log p(x). A prior on π adds
-        log p(π), which images that share π share.
+        log p(x | θ) − KL(q(θ) ‖ p(θ)) at the state's θ, which is to be a draw from q: an unbiased estimate. The
+        divergence is in closed form where there is one, and else log q(θ) − log p(θ) at the same draw. For a Delta
+        guide, log p(x | θ) + log p(θ): a plug-in value, not a bound on log p(x). A prior on π adds log p(π), which
+        images that share π share.
         """
-        elbo = state.log_evidence + self.model.log_prior(state.theta)
+        if state.location is None or state.scale is None:
+            return state.log_evidence + self.model.log_prior(state.theta) + self._log_mixing_prior(state)
+        divergence = self.model.prior_divergence(state.location, state.scale)
+        if divergence is None:
+            divergence = state.q.log_prob(state.theta) - self.model.log_prior(state.theta)
+        return state.log_evidence - divergence + self._log_mixing_prior(state)
+
+    def _log_mixing_prior(self, state: State) -> Tensor | float:
         if self.model.mixing_concentration == 1:
-            return elbo
+            return 0.0
         log_prior = self.model.log_mixing_prior(state.log_mixing)
-        return elbo + (log_prior / len(log_prior) if self.model.mixing_kind == "learned" else log_prior)
+        return log_prior / len(log_prior) if self.model.mixing_kind == "learned" else log_prior
+
+    def merit(self, state: State, x: Tensor) -> Tensor:
+        """By what the best of several starts is chosen, (B,): the ELBO."""
+        return self.elbo(state)
+
+    def settle(self, state: State, x: Tensor) -> State:
+        """The state as `infer` reports it: at the mean of q(θ)."""
+        return state
 
     def forward(self, x: Tensor) -> Tensor:
         """The Pyro guide: unrolls on `x` (B, D, C) and samples θ at the last state."""
@@ -158,6 +194,8 @@ class Strategy(Configured, nn.Module, ABC):
         keep_trace: bool = True,
     ) -> Posterior:
         """The posterior for images `x` (B, D, C), without input noise or gradients.
+
+        Where q(θ) is a distribution, what depends on θ is reported at its mean.
 
         Args:
             x: the images.
@@ -185,13 +223,15 @@ class Strategy(Configured, nn.Module, ABC):
                     state = self.step(state, x_in, repeated)
                     states = [*states, state] if keep_trace else [state]
                     elbos.append(self.elbo(state))
+                merit = self.merit(state, repeated) if restarts > 1 else elbos[-1]
         finally:
             self.train(was_training)
         elbo = torch.stack(elbos)
         if restarts > 1:
-            best = elbo[-1].reshape(restarts, -1).argmax(0) * len(x) + torch.arange(len(x), device=x.device)
-            states = [State(*(value[best] for value in state)) for state in states]
+            best = merit.reshape(restarts, -1).argmax(0) * len(x) + torch.arange(len(x), device=x.device)
+            states = [state.map(lambda value: value[best]) for state in states]
             elbo = elbo[:, best]
+        states = [self.settle(state, x) for state in states]
         return Posterior.from_states(states, elbo, keep_trace=keep_trace)
 
 
@@ -199,6 +239,16 @@ def require_pixels(model: SpatialMixture, name: str) -> None:
     """Raises `StrategyError` where the model's decoder is constant, for which EM has a closed form."""
     if model.num_pixels is None:
         raise StrategyError(f"{name} needs a decoder of images, not {type(model.decoder).__name__}: use ClassicalEM")
+
+
+def require_proper_prior(model: SpatialMixture, name: str) -> None:
+    """Raises `StrategyError` unless p(θ) is a density of θ that can be drawn from."""
+    if not model.has_proper_prior:
+        given = f'"{model.prior}"' if isinstance(model.prior, str) else type(model.prior).__name__
+        raise StrategyError(
+            f"{name} needs a proper prior on θ, but this model's is {given}: build it as "
+            'SpatialMixture(..., prior="standard_normal"), or with DiagonalNormal or MixtureOfNormals'
+        )
 
 
 def check_starts(restarts: int, iterations: int, *, given: bool) -> None:

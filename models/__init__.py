@@ -6,7 +6,7 @@ from pnem.models.counts import Binomial, Categorical, Poisson
 from pnem.models.likelihoods import Bernoulli, ExponentialFamily, Likelihood, Normal
 from pnem.models.mixture import SpatialMixture
 from pnem.models.multivariate_normal import MultivariateNormal
-from pnem.models.priors import NormalInverseWishart, Prior
+from pnem.models.priors import DiagonalNormal, LatentPrior, MixtureOfNormals, NormalInverseWishart, Prior
 from pnem.models.student_t import StudentT
 
 __all__ = [
@@ -14,8 +14,11 @@ __all__ = [
     "Binomial",
     "Categorical",
     "Configured",
+    "DiagonalNormal",
     "ExponentialFamily",
+    "LatentPrior",
     "Likelihood",
+    "MixtureOfNormals",
     "MultivariateNormal",
     "Normal",
     "NormalInverseWishart",

@@ -9,11 +9,11 @@ from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 
 from pnem.models.config import Configured
-from pnem.models.decoders import Constant, Decoder
+from pnem.models.decoders import Decoder
 from pnem.models.errors import ModelError
 from pnem.models.likelihoods import Likelihood
 from pnem.models.parameters import register_parameters
-from pnem.models.priors import Prior, PriorDistribution
+from pnem.models.priors import LatentPrior, Prior, normal_divergence
 
 __all__ = ["SpatialMixture"]
 
@@ -37,8 +37,8 @@ class SpatialMixture(Configured, nn.Module):
         decoder: the network from θ to the pixels' parameters.
         likelihood: the distribution of a pixel given its parameters.
         num_components: K.
-        prior: p(θ): ``"flat"`` (maximum likelihood), ``"standard_normal"``, or for a constant decoder a `Prior` on the
-            likelihood's parameters.
+        prior: p(θ): ``"flat"`` (maximum likelihood), ``"standard_normal"``, or a `Prior`: `DiagonalNormal` and
+            `MixtureOfNormals`, which are learned; for a constant decoder `NormalInverseWishart`.
         mixing: π: ``"uniform"``; ``"learned"``, the same for all images; or ``"per_image"``, for classical EM: uniform
             until it is fitted.
         mixing_concentration: α of a prior Dirichlet(α, ..., α) on fitted mixing weights, at least 1; 1 is flat.
@@ -79,8 +79,6 @@ class SpatialMixture(Configured, nn.Module):
             raise ModelError(f"num_components must be at least 1, but is {num_components}")
         if not isinstance(prior, Prior) and prior not in ("flat", "standard_normal"):
             raise ModelError(f'prior must be "flat", "standard_normal" or a Prior, but is {prior!r}')
-        if isinstance(prior, Prior) and not isinstance(decoder, Constant):
-            raise ModelError(f"{type(prior).__name__} is a prior for decoders.Constant, not {type(decoder).__name__}")
         if mixing not in ("uniform", "learned", "per_image"):
             raise ModelError(f'mixing must be "uniform", "learned" or "per_image", but is {mixing!r}')
         if not 1 <= mixing_concentration < float("inf"):
@@ -97,7 +95,7 @@ class SpatialMixture(Configured, nn.Module):
         self.mixing_concentration = float(mixing_concentration)
         self.ownership = float(ownership)
         if isinstance(prior, Prior):
-            prior.check(likelihood, self.num_channels)
+            prior.check(decoder, likelihood)
         if pixel_prior is None:
             self.pixel_prior = None
         else:
@@ -203,10 +201,29 @@ class SpatialMixture(Configured, nn.Module):
             raise ModelError("this mixture has no pixel prior: give SpatialMixture(..., pixel_prior=...)")
         return self.likelihood.log_prob(self.pixel_prior, psi)
 
+    @property
+    def has_proper_prior(self) -> bool:
+        """Whether p(θ) is a density of θ that can be drawn from: not where it is flat, or on a likelihood's moments."""
+        return self.prior == "standard_normal" or isinstance(self.prior, LatentPrior)
+
+    def prior_distribution(self) -> dist.TorchDistribution:
+        """p(θ_k), with event shape (M,); where it is flat, a masked distribution of log-probability zero."""
+        if isinstance(self.prior, Prior):
+            return self.prior.distribution(self.likelihood, self.latent_features)
+        normal = dist.Normal(self.mixing_logits.new_zeros(()), self.mixing_logits.new_ones(()), validate_args=False)
+        normal = normal.expand([self.latent_features]).to_event(1)
+        # A masked Normal keeps its site in the trace, but contributes nothing: a flat prior.
+        return normal.mask(False) if self.prior == "flat" else normal
+
     def log_prior(self, theta: Tensor) -> Tensor:
         """log p(θ) in nats per image, zero where the prior is flat: (..., K, M) -> (...)."""
         # Pyro gives a masked density in the default dtype.
-        return self._prior().log_prob(theta).sum(-1).to(theta.dtype)
+        return self.prior_distribution().log_prob(theta).sum(-1).to(theta.dtype)
+
+    def prior_divergence(self, location: Tensor, scale: Tensor) -> Tensor | None:
+        """KL(N(location, scale²) ‖ p(θ)) in nats per image: (..., K, M) -> (...); None where it has no closed form."""
+        divergence = normal_divergence(location, scale, self.prior_distribution())
+        return None if divergence is None else divergence.sum(-1)
 
     def log_mixing_prior(self, log_mixing: Tensor) -> Tensor:
         """log p(π) in nats, zero where the prior is flat: (..., K) -> (...)."""
@@ -215,13 +232,6 @@ class SpatialMixture(Configured, nn.Module):
             return log_mixing.new_zeros(log_mixing.shape[:-1])
         constant = math.lgamma(K * alpha) - K * math.lgamma(alpha)
         return constant + (alpha - 1) * log_mixing.sum(-1)
-
-    def _prior(self) -> dist.TorchDistribution:
-        if isinstance(self.prior, Prior):
-            return PriorDistribution(self.prior, self.likelihood, self.latent_features)
-        normal = dist.Normal(self.mixing_logits.new_zeros(()), self.mixing_logits.new_ones(()))
-        # A masked Normal keeps its site in the trace, but contributes nothing: a flat prior.
-        return normal.expand([self.latent_features]).to_event(1).mask(self.prior != "flat")
 
     def check(self, x: Tensor, *, missing: bool = False, new: bool = False) -> None:
         """Raises `ModelError` unless `x` is (..., D, C) with this model's pixels, finite, and in the support.
@@ -270,7 +280,7 @@ class SpatialMixture(Configured, nn.Module):
             if self.mixing_concentration > 1 and self.mixing_kind == "per_image":
                 pyro.factor("mixing_prior", self.log_mixing_prior(self.log_mixing).unsqueeze(-1))
             with pyro.plate("components", self.num_components, dim=-1):
-                theta = pyro.sample("theta", self._prior())
+                theta = pyro.sample("theta", self.prior_distribution())
             psi = self.decode(theta)
             D = self.num_pixels or (num_pixels if x is None else x.shape[-2])
             psi = psi.expand(*psi.shape[:-2], D, psi.shape[-1])

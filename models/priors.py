@@ -9,34 +9,131 @@ import torch
 from torch import Tensor, nn
 
 from pnem.models.config import Configured
+from pnem.models.decoders import Constant, Decoder
 from pnem.models.errors import ModelError
 from pnem.models.likelihoods import Likelihood
 from pnem.models.linear_algebra import half_log_det
 from pnem.models.multivariate_normal import LOG_2PI, MultivariateNormal
 from pnem.models.student_t import StudentT
 
-__all__ = ["NormalInverseWishart", "Prior", "PriorDistribution"]
+__all__ = [
+    "DiagonalNormal",
+    "LatentPrior",
+    "MixtureOfNormals",
+    "NormalInverseWishart",
+    "Prior",
+    "PriorDistribution",
+    "normal_divergence",
+]
 
 
 class Prior(Configured, nn.Module, ABC):
-    """p(θ_k) for a constant decoder, whose θ_k are the likelihood's parameters."""
+    """p(θ_k): a `LatentPrior`, or one on the parameters of a likelihood, for a constant decoder."""
 
     @abstractmethod
-    def log_prob(self, theta: Tensor, likelihood: Likelihood) -> Tensor:
-        """log p(θ_k) in nats: (..., M) -> (...)."""
+    def distribution(self, likelihood: Likelihood, features: int) -> dist.TorchDistribution:
+        """p(θ_k) as a distribution with event shape (M,)."""
 
     @abstractmethod
-    def check(self, likelihood: Likelihood, channels: int) -> None:
-        """Raises `ModelError` unless this is a prior for that likelihood."""
+    def check(self, decoder: Decoder, likelihood: Likelihood) -> None:
+        """Raises `ModelError` unless this is a prior for such a model."""
+
+
+class LatentPrior(Prior):
+    """p(θ_k) that every decoder and likelihood may have, trained with the model.
+
+    Args:
+        features: M.
+
+    Raises:
+        ModelError: M < 1, or another M than the decoder's.
+    """
+
+    def __init__(self, features: int):
+        super().__init__()
+        if features < 1:
+            raise ModelError(f"a prior on θ needs at least one feature, but was given {features}")
+        self.features = features
+
+    def check(self, decoder: Decoder, likelihood: Likelihood) -> None:  # noqa: D102
+        if decoder.latent_features != self.features:
+            raise ModelError(
+                f"the prior is for θ_k of {self.features} features, but the decoder takes {decoder.latent_features}"
+            )
+
+
+class DiagonalNormal(LatentPrior):
+    """p(θ_k) = N(m, diag(s²)), m and s learned; N(0, I) at first.
+
+    With a decoder whose first layer is free to scale and shift θ it is no larger a family than N(0, I); it earns its
+    place with decoders that cannot, and where θ is to keep a scale of its own.
+
+    >>> DiagonalNormal(5).distribution().log_prob(torch.zeros(2, 5)).shape
+    torch.Size([2])
+    """
+
+    def __init__(self, features: int):
+        super().__init__(features)
+        self.location = nn.Parameter(torch.zeros(features))
+        self.log_scale = nn.Parameter(torch.zeros(features))
+
+    def distribution(self, likelihood: Likelihood | None = None, features: int | None = None) -> dist.TorchDistribution:  # noqa: D102
+        return dist.Normal(self.location, self.log_scale.exp(), validate_args=False).to_event(1)
+
+
+class MixtureOfNormals(LatentPrior):
+    """p(θ_k) = Σ_j w_j N(m_j, diag(s_j²)), all learned; for what comes in kinds, as digits and shapes do.
+
+    The components start at random means near the origin. KL(q ‖ p) is then estimated from draws of q (Tomczak & Welling
+    2018 take the means from learned pseudo-inputs; these are free).
+
+    Args:
+        features: M.
+        num_components: how many normals.
+
+    Raises:
+        ModelError: fewer than one, or as `LatentPrior`.
+
+    >>> MixtureOfNormals(5, num_components=3).distribution().sample((2,)).shape
+    torch.Size([2, 5])
+    """
+
+    def __init__(self, features: int, num_components: int = 10):
+        super().__init__(features)
+        if num_components < 1:
+            raise ModelError(f"num_components must be at least 1, but is {num_components}")
+        self.location = nn.Parameter(torch.randn(num_components, features))
+        self.log_scale = nn.Parameter(torch.zeros(num_components, features))
+        self.logits = nn.Parameter(torch.zeros(num_components))
+
+    def distribution(self, likelihood: Likelihood | None = None, features: int | None = None) -> dist.TorchDistribution:  # noqa: D102
+        return dist.MixtureSameFamily(
+            dist.Categorical(logits=self.logits, validate_args=False),
+            dist.Normal(self.location, self.log_scale.exp(), validate_args=False).to_event(1),
+            validate_args=False,
+        )
+
+
+def normal_divergence(location: Tensor, scale: Tensor, prior: dist.TorchDistribution) -> Tensor | None:
+    """KL(N(location, scale²) ‖ p) in nats, summed over M: (..., M) -> (...); None where p is not a diagonal normal."""
+    if not isinstance(prior, dist.Independent) or not isinstance(prior.base_dist, dist.Normal):
+        return None
+    mean, deviation = prior.base_dist.loc, prior.base_dist.scale
+    ratio = scale / deviation
+    # ratio² − 1 − log ratio², without the cancellation near one.
+    squares = (ratio - 1) * (ratio + 1) + ((location - mean) / deviation).square()
+    return 0.5 * (squares - 2 * ratio.log()).sum(-1)
 
 
 class PriorDistribution(dist.TorchDistribution):
-    """A `Prior` as a Pyro distribution, to be observed or replayed but not drawn from."""
+    """A `NormalInverseWishart` as a Pyro distribution of θ, to be observed or replayed but not drawn from."""
 
     arg_constraints: dict[str, object] = {}  # noqa: RUF012
     support = dist.constraints.real_vector
 
-    def __init__(self, prior: Prior, likelihood: Likelihood, features: int, batch_shape: Sequence[int] = ()):
+    def __init__(
+        self, prior: "NormalInverseWishart", likelihood: Likelihood, features: int, batch_shape: Sequence[int] = ()
+    ):
         self.prior, self.likelihood = prior, likelihood
         super().__init__(torch.Size(batch_shape), torch.Size([features]), validate_args=False)
 
@@ -105,7 +202,10 @@ class NormalInverseWishart(Prior):
         self.mean_precision = float(mean_precision)
         self.degrees_of_freedom = degrees_of_freedom
 
-    def check(self, likelihood: Likelihood, channels: int) -> None:  # noqa: D102
+    def check(self, decoder: Decoder, likelihood: Likelihood) -> None:  # noqa: D102
+        if not isinstance(decoder, Constant):
+            raise ModelError(f"NormalInverseWishart is a prior for decoders.Constant, not {type(decoder).__name__}")
+        channels = likelihood.num_channels(decoder.image_shape[2])
         if not isinstance(likelihood, MultivariateNormal | StudentT):
             raise ModelError(
                 f"NormalInverseWishart is a prior for MultivariateNormal and StudentT, not {type(likelihood).__name__}"
@@ -151,7 +251,11 @@ class NormalInverseWishart(Prior):
         divisor = count + df + first.shape[-1] + 2
         return mean, scatter / divisor.unsqueeze(-1), divisor
 
-    def log_prob(self, theta: Tensor, likelihood: Likelihood) -> Tensor:  # noqa: D102
+    def distribution(self, likelihood: Likelihood, features: int) -> dist.TorchDistribution:  # noqa: D102
+        return PriorDistribution(self, likelihood, features)
+
+    def log_prob(self, theta: Tensor, likelihood: Likelihood) -> Tensor:
+        """log p(θ_k) in nats: (..., M) -> (...)."""
         assert isinstance(likelihood, MultivariateNormal | StudentT)
         normal = likelihood.normal if isinstance(likelihood, StudentT) else likelihood
         mean, lower = likelihood.moments(theta)

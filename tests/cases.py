@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pnem.inference import NEM, RNNEM, BitFlip, GradientEM, MaskedUniform, Strategy, encoders
+from pnem.inference import NEM, RNNEM, VAE, BitFlip, GradientEM, MaskedUniform, Strategy, encoders
 from pnem.models import (
     Bernoulli,
     Binomial,
     Categorical,
+    DiagonalNormal,
     Likelihood,
+    MixtureOfNormals,
     MultivariateNormal,
     Normal,
     NormalInverseWishart,
@@ -38,16 +40,25 @@ STRATEGIES: dict[str, Callable[[SpatialMixture], Strategy]] = {
     "n-em": lambda model: NEM(model, step_size=0.3, iterations=4, noise=MaskedUniform(0.1)),
     "n-em, greff2017": lambda model: NEM(model, step_size=0.3, iterations=3, e_step="greff2017"),
     "gradient em": lambda model: GradientEM(model, iterations=3, steps=3),
+    "vae": lambda model: VAE(model, encoder=encoders.MLP(model.decoder.image_shape, hidden=(9,)), noise=BitFlip(0.1)),
 }
+PROPER = {"vae"}
+"""Strategies whose q(θ) is a distribution, so that they need a proper prior."""
+ONE_START = {"vae"}
+"""Strategies whose q(θ) depends on nothing but the image, and that tell components apart by their order."""
 
 MODELS: dict[str, Callable[..., SpatialMixture]] = {
-    "owned Bernoulli": lambda shape=(3, 4, 1), K=3: SpatialMixture(
-        decoders.Linear(5, shape), Bernoulli(), K, pixel_prior=0.0
+    "owned Bernoulli": lambda shape=(3, 4, 1), K=3, proper=False: SpatialMixture(
+        decoders.Linear(5, shape), Bernoulli(), K, pixel_prior=0.0, prior=MixtureOfNormals(5, 2) if proper else "flat"
     ),
-    "plain Bernoulli": lambda shape=(3, 4, 1), K=3: SpatialMixture(
-        decoders.MLP(5, shape, hidden=(7,), layer_norm=True), Bernoulli(), K, mixing="learned"
+    "plain Bernoulli": lambda shape=(3, 4, 1), K=3, proper=False: SpatialMixture(
+        decoders.MLP(5, shape, hidden=(7,), layer_norm=True),
+        Bernoulli(),
+        K,
+        mixing="learned",
+        prior=DiagonalNormal(5) if proper else "flat",
     ),
-    "tied Bernoulli": lambda shape=(3, 4, 1), K=3: SpatialMixture(
+    "tied Bernoulli": lambda shape=(3, 4, 1), K=3, proper=False: SpatialMixture(
         decoders.Linear(5, shape, bias=False, input_activation="sigmoid"),
         Bernoulli(),
         K,
@@ -55,10 +66,22 @@ MODELS: dict[str, Callable[..., SpatialMixture]] = {
         ownership=0.5,
         prior="standard_normal",
     ),
-    "owned Normal": lambda shape=(3, 4, 1), K=3: SpatialMixture(
-        decoders.MLP(5, shape, hidden=(7,)), Normal(0.5, learn_sigma=True), K, pixel_prior=0.2, mixing="learned"
+    "owned Normal": lambda shape=(3, 4, 1), K=3, proper=False: SpatialMixture(
+        decoders.MLP(5, shape, hidden=(7,)),
+        Normal(0.5, learn_sigma=True),
+        K,
+        pixel_prior=0.2,
+        mixing="learned",
+        prior="standard_normal" if proper else "flat",
     ),
 }
+"""Models, with a proper prior on request."""
+
+
+def pair(model_name: str, strategy_name: str, *shape_and_k: Any) -> tuple[SpatialMixture, Strategy]:
+    """A model and a strategy for it."""
+    model = MODELS[model_name](*shape_and_k, proper=strategy_name in PROPER)
+    return model, STRATEGIES[strategy_name](model)
 
 
 def images(count: int, shape: tuple[int, int, int] = (3, 4, 1)) -> Tensor:

@@ -184,7 +184,7 @@ class TestOverview:
     def test_tensors_may_require_gradients_and_be_half_precise(self) -> None:
         posterior, x = inferred(), torch.rand(B, D, 1, requires_grad=True)
         assert posterior.trace is not None
-        trace = State(*(values.bfloat16().requires_grad_() for values in posterior.trace))
+        trace = posterior.trace.map(lambda values: values.bfloat16().requires_grad_())
         plots.overview(x, posterior._replace(trace=trace), (H, W, 1))
 
     @pytest.mark.gpu
@@ -192,7 +192,7 @@ class TestOverview:
     def test_tensors_may_be_on_a_gpu(self) -> None:
         x, posterior = torch.rand(B, D, 1), inferred()
         assert posterior.trace is not None
-        trace = State(*(values.cuda() for values in posterior.trace))
+        trace = posterior.trace.map(lambda values: values.cuda())
         there = posterior._replace(elbo_trace=posterior.elbo_trace.cuda(), trace=trace)
         groups = torch.randint(0, 3, (B, D))
         figures = [

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from pnem.errors import ModelError
-from pnem.models import Likelihood, MultivariateNormal, NormalInverseWishart, StudentT
+from pnem.models import Likelihood, MultivariateNormal, NormalInverseWishart, StudentT, decoders
 
 __all__ = ["PRIORS", "declare_concentration", "declare_prior"]
 
@@ -74,7 +74,7 @@ def declare_prior(
         settings[PRIORS[name]] = _as_plain(name, value)
     try:
         prior = NormalInverseWishart(**settings)
-        prior.check(likelihood, x.shape[1])
+        prior.check(decoders.Constant(likelihood.num_parameters(x.shape[1])), likelihood)
     except ModelError as error:
         raise ModelError(f"{', '.join(values)}: {error}") from error
     return prior

@@ -1,0 +1,77 @@
+"""Distributions of θ, with one batch axis for images and event shape (K, M)."""
+
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+__all__ = ["AsOneSite", "Concatenated", "by_component"]
+
+
+class Concatenated(dist.TorchDistribution):
+    """The distributions of several batches of images, one after the other.
+
+    >>> parts = [dist.Delta(torch.zeros(n, 4, 2), event_dim=2) for n in (2, 3)]
+    >>> Concatenated(parts).sample((7,)).shape
+    torch.Size([7, 5, 4, 2])
+    """
+
+    arg_constraints: dict[str, object] = {}  # noqa: RUF012
+    support = dist.constraints.independent(dist.constraints.real, 2)
+
+    def __init__(self, parts: Sequence[dist.TorchDistribution]):
+        self.parts: list[dist.TorchDistribution] = [
+            part for given in parts for part in (given.parts if isinstance(given, Concatenated) else [given])
+        ]
+        self.has_rsample = all(part.has_rsample for part in self.parts)
+        batch = sum(part.batch_shape[0] for part in self.parts)
+        super().__init__(torch.Size([batch]), self.parts[0].event_shape, validate_args=False)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:  # noqa: D102
+        return torch.cat([part.sample(torch.Size(sample_shape)) for part in self.parts], -3)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:  # noqa: D102
+        return torch.cat([part.rsample(torch.Size(sample_shape)) for part in self.parts], -3)
+
+    def log_prob(self, value: Tensor) -> Tensor:  # noqa: D102
+        pieces = value.split([part.batch_shape[0] for part in self.parts], -3)
+        return torch.cat([part.log_prob(piece) for part, piece in zip(self.parts, pieces, strict=True)], -1)
+
+    @property
+    def mean(self) -> Tensor:  # noqa: D102
+        return torch.cat([part.mean for part in self.parts])
+
+    @property
+    def variance(self) -> Tensor:  # noqa: D102
+        return torch.cat([part.variance for part in self.parts])
+
+
+class AsOneSite(dist.TorchDistribution):
+    """A distribution of θ as a Pyro site of all components: the images at dim -2, batch shape (B, 1)."""
+
+    arg_constraints: dict[str, object] = {}  # noqa: RUF012
+
+    def __init__(self, q: dist.TorchDistribution):
+        self.q = q
+        self.support = q.support
+        self.has_rsample = q.has_rsample
+        super().__init__(torch.Size([*q.batch_shape, 1]), q.event_shape, validate_args=False)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:  # noqa: D102
+        return self.q.sample(torch.Size(sample_shape)).unsqueeze(-3)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:  # noqa: D102
+        return self.q.rsample(torch.Size(sample_shape)).unsqueeze(-3)
+
+    def log_prob(self, value: Tensor) -> Tensor:  # noqa: D102
+        return self.q.log_prob(value.squeeze(-3)).unsqueeze(-1)
+
+
+def by_component(q: dist.TorchDistribution) -> dist.TorchDistribution | None:
+    """q(θ) as a product over components, with batch shape (B, K) and event shape (M,); None where it is not one."""
+    if isinstance(q, dist.Delta):
+        return dist.Delta(q.v, event_dim=1)
+    if isinstance(q, dist.Independent) and len(q.base_dist.batch_shape) > 1:
+        return q.base_dist.to_event(len(q.base_dist.batch_shape) - 2)
+    return None

@@ -1,0 +1,94 @@
+"""Strategies whose q(θ_k) is a normal distribution, reparameterised."""
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pnem.inference.errors import StrategyError
+from pnem.inference.noise import Noise
+from pnem.inference.posterior import State
+from pnem.inference.strategy import Strategy, require_pixels, require_proper_prior
+from pnem.models import SpatialMixture
+
+__all__ = ["NormalStrategy", "Normals"]
+
+MERIT_DRAWS = 10
+
+
+class Normals(NamedTuple):
+    """The parameters of q(θ_k) = N(location_k, scale_k²): (B, K, M) both; and a strategy's memory (B, K, H) or None."""
+
+    location: Tensor
+    scale: Tensor
+    memory: Tensor | None = None
+
+
+class NormalStrategy(Strategy):
+    """Base of strategies with q(θ) = Π_k N(location_k, scale_k²), whose gradients go through draws of θ.
+
+    Every iteration finds a q, draws θ = location + scale ε, ε ~ N(0, I) (Kingma & Welling 2014; Rezende et al. 2014),
+    decodes it, and takes the E-step there. What `infer` returns is at the mean of q, but for the ELBO.
+
+    Raises:
+        StrategyError: the model's prior is flat, its decoder is constant, or as `Strategy`.
+    """
+
+    def __init__(
+        self,
+        model: SpatialMixture,
+        *,
+        iterations: int,
+        noise: Noise | None = None,
+        gamma_gradient: bool = True,
+    ):
+        super().__init__(model, iterations=iterations, noise=noise, gamma_gradient=gamma_gradient)
+        require_pixels(model, type(self).__name__)
+        require_proper_prior(model, type(self).__name__)
+
+    @abstractmethod
+    def find_q(self, state: State, x_in: Tensor) -> Normals:
+        """The next q(θ). A function of tensors alone.
+
+        Raises:
+            StrategyError: it is not finite.
+        """
+
+    def init(self, x: Tensor, gamma: Tensor | None = None) -> State:  # noqa: D102
+        state = super().init(x, gamma)
+        return state._replace(location=state.theta, scale=torch.ones_like(state.theta))
+
+    def improve(self, state: State, x_in: Tensor) -> State:  # noqa: D102
+        location, scale, memory = self.find_q(state, x_in)
+        # Under autocast networks compute in half precision.
+        precision = torch.promote_types(location.dtype, torch.float32)
+        location, scale = location.to(precision), scale.to(precision)
+        self._require_finite(location, scale)
+        theta = location + scale * torch.randn_like(location)
+        return state._replace(theta=theta, location=location, scale=scale, memory=memory)
+
+    def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102
+        return self.improve(state, x_in).theta
+
+    def merit(self, state: State, x: Tensor) -> Tensor:
+        """The mean of the ELBO over draws of its own, so that the trace of the start it chooses is not selected for."""
+        total = torch.zeros_like(state.log_evidence)
+        for _ in range(MERIT_DRAWS):
+            total = total + self.elbo(self.evaluate(state, state.q.sample(), x))
+        return total / MERIT_DRAWS
+
+    def settle(self, state: State, x: Tensor) -> State:  # noqa: D102
+        assert state.location is not None
+        with torch.no_grad():
+            return self.evaluate(state, state.location, x)
+
+    def _require_finite(self, location: Tensor, scale: Tensor) -> None:
+        # Looking at values would cut a compiled graph in two, and make a GPU wait in every step of a training.
+        if torch.compiler.is_compiling() or (self.training and location.is_cuda):
+            return
+        if not bool((location.isfinite() & scale.isfinite() & (scale > 0)).all()):
+            raise StrategyError(
+                f"{type(self).__name__} found a q(θ) that is not finite, or without width: lower the learning rate, "
+                "give fit a gradient_clip, or check that the images are on the scale of the training images"
+            )
