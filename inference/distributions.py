@@ -51,10 +51,10 @@ class AsOneSite(dist.TorchDistribution):
     """A distribution of θ as a Pyro site of all components: the images at dim -2, batch shape (B, 1)."""
 
     arg_constraints: dict[str, object] = {}  # noqa: RUF012
+    support = dist.constraints.independent(dist.constraints.real, 2)
 
     def __init__(self, q: dist.TorchDistribution):
         self.q = q
-        self.support = q.support
         self.has_rsample = q.has_rsample
         super().__init__(torch.Size([*q.batch_shape, 1]), q.event_shape, validate_args=False)
 
