@@ -3,9 +3,16 @@
 from pnem.inference import encoders
 from pnem.inference.classical_em import ClassicalEM
 from pnem.inference.convergence import ConvergenceWarning, Fit
+from pnem.inference.estimates import Estimate
 from pnem.inference.factor_analysis import FactorAnalysis
 from pnem.inference.gradient_em import GradientEM
 from pnem.inference.m_steps import MStep, Parameters, register_m_step
+from pnem.inference.marginal_likelihood import (
+    evidence_lower_bound,
+    exact_log_marginal,
+    importance_weighted_bound,
+    prior_monte_carlo,
+)
 from pnem.inference.match_moments import MatchMoments
 from pnem.inference.n_em import NEM
 from pnem.inference.noise import BitFlip, MaskedUniform, Noise
@@ -27,6 +34,7 @@ __all__ = [
     "BitFlip",
     "ClassicalEM",
     "ConvergenceWarning",
+    "Estimate",
     "FactorAnalysis",
     "Fit",
     "GradientEM",
@@ -47,5 +55,9 @@ __all__ = [
     "State",
     "Strategy",
     "encoders",
+    "evidence_lower_bound",
+    "exact_log_marginal",
+    "importance_weighted_bound",
+    "prior_monte_carlo",
     "register_m_step",
 ]
