@@ -6,6 +6,7 @@ from pnem.inference.convergence import ConvergenceWarning, Fit
 from pnem.inference.estimates import Estimate
 from pnem.inference.factor_analysis import FactorAnalysis
 from pnem.inference.gradient_em import GradientEM
+from pnem.inference.iterative_vi import IterativeVI
 from pnem.inference.m_steps import MStep, Parameters, register_m_step
 from pnem.inference.marginal_likelihood import (
     evidence_lower_bound,
@@ -38,6 +39,7 @@ __all__ = [
     "FactorAnalysis",
     "Fit",
     "GradientEM",
+    "IterativeVI",
     "Losses",
     "MStep",
     "MaskedUniform",

@@ -2,18 +2,16 @@
 
 from torch import Tensor
 
-from pnem.inference.encoders import Encoder, Identity
-from pnem.inference.errors import StrategyError
+from pnem.inference.encoders import Encoder
 from pnem.inference.noise import Noise
 from pnem.inference.posterior import State
-from pnem.inference.recurrences import CELLS
-from pnem.inference.strategy import Strategy, require_pixels
+from pnem.inference.recurrent import RecurrentStrategy
 from pnem.models import SpatialMixture
 
 __all__ = ["RNNEM"]
 
 
-class RNNEM(Strategy):
+class RNNEM(RecurrentStrategy):
     """EM whose M-step is a recurrent cell shared by all components:
 
         θ_k ← cell(encoder(γ_k (x − E[x | ψ_k])), θ_k)
@@ -44,19 +42,17 @@ class RNNEM(Strategy):
         e_step: str = "consistent",
         gamma_gradient: bool = True,
     ):
-        super().__init__(model, iterations=iterations, noise=noise, e_step=e_step, gamma_gradient=gamma_gradient)
-        require_pixels(model, "RNNEM")
-        if recurrence not in CELLS:
-            raise StrategyError(f"unknown recurrence {recurrence!r}: choose one of {', '.join(CELLS)}")
-        H, W, _ = model.decoder.image_shape
-        image_shape = H, W, model.num_channels
-        self.encoder = Identity(image_shape) if encoder is None else encoder
-        if self.encoder.image_shape != image_shape:
-            raise StrategyError(
-                f"the encoder is for images of shape {self.encoder.image_shape}, the model for {image_shape}"
-            )
-        self.cell = CELLS[recurrence](self.encoder.out_features, model.latent_features, layer_norm=layer_norm)
+        super().__init__(
+            model,
+            features=model.latent_features,
+            encoder=encoder,
+            recurrence=recurrence,
+            layer_norm=layer_norm,
+            iterations=iterations,
+            noise=noise,
+            e_step=e_step,
+            gamma_gradient=gamma_gradient,
+        )
 
     def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102
-        error = state.gamma.unsqueeze(-1) * (x_in.unsqueeze(-3) - state.mean)
-        return self.cell(self.encoder(error), state.theta)
+        return self.recur(state, x_in, state.theta)

@@ -158,12 +158,16 @@ class Strategy(Configured, nn.Module, ABC):
         guide, log p(x | θ) + log p(θ): a plug-in value, not a bound on log p(x). A prior on π adds log p(π), which
         images that share π share.
         """
+        return state.log_evidence - self.divergence(state) + self._log_mixing_prior(state)
+
+    def divergence(self, state: State) -> Tensor:
+        """KL(q(θ) ‖ p(θ)), or log q(θ) − log p(θ) at the state's θ; for a Delta −log p(θ): (B,) nats per image."""
         if state.location is None or state.scale is None:
-            return state.log_evidence + self.model.log_prior(state.theta) + self._log_mixing_prior(state)
+            return -self.model.log_prior(state.theta)
         divergence = self.model.prior_divergence(state.location, state.scale)
         if divergence is None:
             divergence = state.q.log_prob(state.theta) - self.model.log_prior(state.theta)
-        return state.log_evidence - divergence + self._log_mixing_prior(state)
+        return divergence
 
     def _log_mixing_prior(self, state: State) -> Tensor | float:
         if self.model.mixing_concentration == 1:

@@ -60,35 +60,54 @@ class NormalStrategy(Strategy):
         return state._replace(location=state.theta, scale=torch.ones_like(state.theta))
 
     def improve(self, state: State, x_in: Tensor) -> State:  # noqa: D102
-        location, scale, memory = self.find_q(state, x_in)
-        # Under autocast networks compute in half precision.
-        precision = torch.promote_types(location.dtype, torch.float32)
-        location, scale = location.to(precision), scale.to(precision)
-        self._require_finite(location, scale)
-        theta = location + scale * torch.randn_like(location)
-        return state._replace(theta=theta, location=location, scale=scale, memory=memory)
+        return drawn_from(self, state, self.find_q(state, x_in))
 
     def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102
         return self.improve(state, x_in).theta
 
     def merit(self, state: State, x: Tensor) -> Tensor:
         """The mean of the ELBO over draws of its own, so that the trace of the start it chooses is not selected for."""
-        total = torch.zeros_like(state.log_evidence)
-        for _ in range(MERIT_DRAWS):
-            total = total + self.elbo(self.evaluate(state, state.q.sample(), x))
-        return total / MERIT_DRAWS
+        return mean_elbo(self, state, x)
 
     def settle(self, state: State, x: Tensor) -> State:  # noqa: D102
-        assert state.location is not None
-        with torch.no_grad():
-            return self.evaluate(state, state.location, x)
+        return at_mean(self, state, x)
 
-    def _require_finite(self, location: Tensor, scale: Tensor) -> None:
-        # Looking at values would cut a compiled graph in two, and make a GPU wait in every step of a training.
-        if torch.compiler.is_compiling() or (self.training and location.is_cuda):
-            return
-        if not bool((location.isfinite() & scale.isfinite() & (scale > 0)).all()):
-            raise StrategyError(
-                f"{type(self).__name__} found a q(θ) that is not finite, or without width: lower the learning rate, "
-                "give fit a gradient_clip, or check that the images are on the scale of the training images"
-            )
+
+def drawn_from(strategy: Strategy, state: State, q: Normals) -> State:
+    """The state with this q(θ), in single precision at least, and θ drawn from it, reparameterised.
+
+    Raises:
+        StrategyError: q(θ) is not finite, or without width.
+    """
+    # Under autocast networks compute in half precision.
+    precision = torch.promote_types(q.location.dtype, torch.float32)
+    location, scale = q.location.to(precision), q.scale.to(precision)
+    _require_finite(strategy, location, scale)
+    theta = location + scale * torch.randn_like(location)
+    return state._replace(theta=theta, location=location, scale=scale, memory=q.memory)
+
+
+def mean_elbo(strategy: Strategy, state: State, x: Tensor) -> Tensor:
+    """The mean of the ELBO over fresh draws from the state's q(θ), in nats per image: (B,)."""
+    total = torch.zeros_like(state.log_evidence)
+    for _ in range(MERIT_DRAWS):
+        total = total + strategy.elbo(strategy.evaluate(state, state.q.sample(), x))
+    return total / MERIT_DRAWS
+
+
+def at_mean(strategy: Strategy, state: State, x: Tensor) -> State:
+    """The state at the mean of its q(θ)."""
+    assert state.location is not None
+    with torch.no_grad():
+        return strategy.evaluate(state, state.location, x)
+
+
+def _require_finite(strategy: Strategy, location: Tensor, scale: Tensor) -> None:
+    # Looking at values would cut a compiled graph in two, and make a GPU wait in every step of a training.
+    if torch.compiler.is_compiling() or (strategy.training and location.is_cuda):
+        return
+    if not bool((location.isfinite() & scale.isfinite() & (scale > 0)).all()):
+        raise StrategyError(
+            f"{type(strategy).__name__} found a q(θ) that is not finite, or without width: lower the learning rate, "
+            "give fit a gradient_clip, or check that the images are on the scale of the training images"
+        )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pnem.errors import RunError, StrategyError
-from pnem.inference import ELBO, NEM, RNNEM, BitFlip, NEMLoss, Objective, Strategy, encoders
+from pnem.inference import ELBO, NEM, RNNEM, BitFlip, IterativeVI, NEMLoss, Objective, Strategy, encoders
 from pnem.models import Bernoulli, SpatialMixture, decoders
 
 __all__ = ["PRESETS", "STRATEGIES", "Parts", "Preset", "find_preset"]
@@ -80,6 +80,13 @@ def _n_em(image_shape: Sequence[int], components: int, iterations: int) -> Parts
     return Parts(model, strategy, NEMLoss("ramp"))
 
 
+def _iodine_static_shapes(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
+    decoder = decoders.MLP(32, image_shape, hidden=(256,))
+    model = SpatialMixture(decoder, Bernoulli(), components, prior="standard_normal", pixel_prior=0.0, ownership=0.5)
+    strategy = IterativeVI(model, hidden=256, iterations=iterations, noise=BitFlip(0.1))
+    return Parts(model, strategy, ELBO("ramp"))
+
+
 def _greff2017_static_rnn_em(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
     model = SpatialMixture(decoders.Linear(250, image_shape), Bernoulli(), components, pixel_prior=0.0)
     strategy = RNNEM(model, iterations=iterations, noise=BitFlip(0.1), e_step="greff2017")
@@ -123,6 +130,14 @@ PRESETS: dict[str, Preset] = {
         4,
         8,
         _BEST | {"epochs": 2, "learning_rate": 2e-3},
+    ),
+    "iodine-static-shapes": Preset(
+        "iterative-vi",
+        "iterative amortised inference of normal q(θ) on static shapes, as IODINE",
+        _iodine_static_shapes,
+        4,
+        10,
+        _BEST | {"epochs": 24, "learning_rate": 2e-3},
     ),
     "greff2017-static-rnn-em": Preset(
         "rnn-em",

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pnem.inference import NEM, RNNEM, VAE, BitFlip, GradientEM, MaskedUniform, Strategy, encoders
+from pnem.inference import NEM, RNNEM, VAE, BitFlip, GradientEM, IterativeVI, MaskedUniform, Strategy, encoders
 from pnem.models import (
     Bernoulli,
     Binomial,
@@ -41,8 +41,20 @@ STRATEGIES: dict[str, Callable[[SpatialMixture], Strategy]] = {
     "n-em, greff2017": lambda model: NEM(model, step_size=0.3, iterations=3, e_step="greff2017"),
     "gradient em": lambda model: GradientEM(model, iterations=3, steps=3),
     "vae": lambda model: VAE(model, encoder=encoders.MLP(model.decoder.image_shape, hidden=(9,)), noise=BitFlip(0.1)),
+    "iterative vi": lambda model: IterativeVI(model, hidden=6, iterations=3),
+    "iterative vi, gated": lambda model: IterativeVI(
+        model,
+        hidden=6,
+        encoder=encoders.MLP(model.decoder.image_shape, hidden=(9,), layer_norm=True),
+        recurrence="gated",
+        layer_norm=True,
+        iterations=3,
+        noise=BitFlip(0.1),
+        gamma_gradient=False,
+    ),
+    "iterative vi, delta": lambda model: IterativeVI(model, posterior="delta", iterations=3),
 }
-PROPER = {"vae"}
+PROPER = {"vae", "iterative vi", "iterative vi, gated"}
 """Strategies whose q(θ) is a distribution, so that they need a proper prior."""
 ONE_START = {"vae"}
 """Strategies whose q(θ) depends on nothing but the image, and that tell components apart by their order."""
