@@ -30,7 +30,7 @@ class Splits:
 
 
 def open_splits(data: str | Path | Mapping[str, ImageDataset], names: Sequence[str], model: SpatialMixture) -> Splits:
-    """The named splits, checked against the model.
+    """The named splits, with their groups where they have some, checked against the model.
 
     Raises:
         DataError: a split is missing, or its images are not those the model is for.
@@ -41,7 +41,7 @@ def open_splits(data: str | Path | Mapping[str, ImageDataset], names: Sequence[s
             raise DataError(f"the data have splits {sorted(data)}, but {missing[0]!r} is needed")
         datasets, source = {name: data[name] for name in names}, "memory"
     else:
-        datasets, source = {name: ImageDataset.from_hdf5(data, name) for name in names}, str(data)
+        datasets, source = {name: ImageDataset.from_hdf5(data, name, with_groups=None) for name in names}, str(data)
     for name, dataset in datasets.items():
         _check_fits(dataset, f"{source}, split {name!r}", model)
     return Splits(datasets, source)

@@ -110,9 +110,11 @@ def test_groups_may_repeat_over_channels() -> None:
 def test_images_may_come_without_groups(path: Path) -> None:
     features, groups = arrays()
     write_hdf5(path, {"training": (features, None), "test": (features, groups)})
+    assert ImageDataset.from_hdf5(path, "test", with_groups=None).has_groups
     for dataset in (
         ImageDataset(features),
         ImageDataset.from_hdf5(path, with_groups=False),
+        ImageDataset.from_hdf5(path, with_groups=None),
         ImageDataset.from_hdf5(path, "test", with_groups=False),
     ):
         assert not dataset.has_groups

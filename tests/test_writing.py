@@ -128,3 +128,27 @@ def test_splits_that_do_not_fit_together_are_refused(path: Path, splits: Any, me
     with pytest.raises(DataError, match=message):
         write_hdf5(path, splits)
     assert not list(path.parent.iterdir())
+
+
+def test_labels_are_stored_beside_the_images(path: Path) -> None:
+    labels = np.arange(10, dtype=np.uint8)
+    write_hdf5(path, {"training": (FEATURES, GROUPS), "test": (FEATURES, None)}, labels={"test": labels})
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(file["test/labels"][:], labels)
+        assert "labels" not in file["training"]
+    assert len(ImageDataset.from_hdf5(path, "test", with_groups=False)) == 10
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"test": np.arange(10)}, "labels of split 'test', but it has no images"),
+        ({"training": np.arange(9)}, r"labels has shape \(9,\).*there are 10 images"),
+        ({"training": 1}, r"labels has shape \(\)"),
+        ({"training": ["a"] * 10}, "dtype <U1"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(path: Path, labels: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        write_hdf5(path, {"training": (FEATURES, GROUPS)}, labels=labels)
+    assert not list(path.parent.iterdir())

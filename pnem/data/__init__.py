@@ -1,6 +1,7 @@
-"""Data sets of images with a true grouping of their pixels: read, written and generated; and tables of numbers."""
+"""Data sets of images, with or without a true grouping of their pixels: read, written, generated; and tables."""
 
 from pnem.data.hdf5 import MEMORY_LIMIT, Batch, ImageDataset
+from pnem.data.mnist import write_mnist
 from pnem.data.rows import Rows
 from pnem.data.shapes import OUTLINES, LabelledImages, static_shapes, write_static_shapes
 from pnem.data.tables import Table, open_items, read_table
@@ -18,5 +19,6 @@ __all__ = [
     "read_table",
     "static_shapes",
     "write_hdf5",
+    "write_mnist",
     "write_static_shapes",
 ]

@@ -2,8 +2,8 @@
 
 A file has one HDF5 group per split (``training``, ``validation``, ``test``) with two arrays of shape (T, N, H, W, C):
 ``features``, the images, and ``groups``, the object that each pixel belongs to: 1, 2, ..., and 0 where it is not scored
-(background, overlaps). T = 1 for static images. The last axis of ``groups`` may be 1 whatever C is. All boolean,
-integer and floating dtypes, chunkings and compressions read the same.
+(background, overlaps); files may come without it. T = 1 for static images. The last axis of ``groups`` may be 1
+whatever C is. All boolean, integer and floating dtypes, chunkings and compressions read the same.
 """
 
 import operator
@@ -95,7 +95,7 @@ class ImageDataset(Dataset[Batch]):
         split: str = "training",
         *,
         limit: int | None = None,
-        with_groups: bool = True,
+        with_groups: bool | None = True,
         memory_limit: int = MEMORY_LIMIT,
     ) -> Self:
         """Open one split of a file in the N-EM layout; only its shapes are read now.
@@ -104,7 +104,8 @@ class ImageDataset(Dataset[Batch]):
             path: an HDF5 file.
             split: the HDF5 group to read: ``training``, ``validation`` or ``test`` in the authors' files.
             limit: use only the first `limit` images.
-            with_groups: False to read the images alone, also from files that have no ``groups``.
+            with_groups: False to read the images alone, also from files that have no ``groups``; None to read
+                ``groups`` where there are some.
             memory_limit: bytes up to which the split is kept in memory at first use.
 
         Raises:
@@ -116,6 +117,8 @@ class ImageDataset(Dataset[Batch]):
             if not isinstance(parent, h5py.Group):
                 found = sorted(map(str, file))
                 raise DataError(f"{path} has no split {split!r}, only {found}: choose one of them")
+            if with_groups is None:
+                with_groups = "groups" in parent
             arrays = []
             for name in ("features", "groups") if with_groups else ("features",):
                 array = parent.get(name)

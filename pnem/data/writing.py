@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import h5py
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from pnem.data.arrays import array_of, check_arrays, check_finite, whole_labels
@@ -27,6 +27,7 @@ def write_hdf5(
     path: str | os.PathLike[str],
     splits: Mapping[str, Chunk | Iterable[Chunk]],
     *,
+    labels: Mapping[str, ArrayLike] | None = None,
     overwrite: bool = False,
     attrs: Mapping[str, Any] | None = None,
 ) -> None:
@@ -38,13 +39,14 @@ def write_hdf5(
         path: the file to write.
         splits: for each split the pair (features, groups), (T, N, H, W, C) each, with None for no groups; or an
             iterable of such pairs, written one after the other, for splits that do not fit in memory.
+        labels: for some splits an array of what is in each image, such as its class, (N, ...): stored as ``labels``.
         overwrite: replace an existing file.
         attrs: HDF5 attributes of the file, to say where the images come from.
 
     Raises:
         DataError: if the file exists and `overwrite` is False, if there is nothing to write, if `ImageDataset` would
-            refuse the arrays or their values, if the pairs of a split do not fit together, or if the folder is missing,
-            read-only or full.
+            refuse the arrays or their values, if the pairs of a split do not fit together, if there is not one label
+            for each image, or if the folder is missing, read-only or full.
 
     Example:
         >>> import tempfile
@@ -66,6 +68,8 @@ def write_hdf5(
                 file.attrs.update(attrs or {})
                 for split, chunks in splits.items():
                     _write_split(file.create_group(split), _pairs(chunks), sink)
+                for split, values in (labels or {}).items():
+                    _write_labels(file, split, np.asarray(values))
             sink.check()
         _refuse_existing(path, overwrite)
         os.replace(partial, path)
@@ -146,6 +150,18 @@ def _write_split(parent: h5py.Group, chunks: Iterable[Chunk], sink: SafeFile) ->
         written = stop
     if not written:
         raise DataError(f"{where} has no images to write: give at least one")
+
+
+def _write_labels(file: h5py.File, split: str, labels: NDArray[Any]) -> None:
+    if split not in file:
+        raise DataError(f"there are labels of split {split!r}, but it has no images: the splits are {sorted(file)}")
+    images = file[split]["features"].shape[1]
+    if labels.shape[:1] != (images,) or labels.dtype.kind not in "biuf":
+        raise DataError(
+            f"split {split!r}: labels has shape {labels.shape} and dtype {labels.dtype}, but there are {images} "
+            "images: give one number, or row of numbers, for each"
+        )
+    file[split]["labels"] = labels
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:
