@@ -1,5 +1,6 @@
 """How well a run groups and explains images, in numbers."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -33,6 +34,19 @@ class Scores(NamedTuple):
     log_evidence: float
     bce: float
     images: int
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """What each score is, its mean and its standard error, as a table shows them: a dash for NaN."""
+        return [
+            ("AMI", _number(self.ami, 4), _number(self.ami_se, 4)),
+            ("ARI", _number(self.ari, 4), _number(self.ari_se, 4)),
+            ("log evidence at θ, nats per image", _number(self.log_evidence, 2), ""),
+            ("BCE of the reconstruction, nats per image", _number(self.bce, 2), ""),
+        ]
+
+
+def _number(value: float, digits: int) -> str:
+    return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def score(results: Iterable[tuple[Batch, Posterior]], *, bernoulli: bool) -> Scores:

@@ -10,6 +10,7 @@ import sys
 import h5py
 import numpy as np
 import pytest
+import torch
 from fitting import arrays, data_file
 from typer.testing import CliRunner
 
@@ -44,7 +45,7 @@ def run(data):
 
 def test_version_and_help():
     assert call("--version").startswith("pnem 0")
-    for command in ([], ["data", "static-shapes"], ["train"], ["evaluate"], ["infer"], ["demo"]):
+    for command in ([], ["data", "static-shapes"], ["data", "mnist"], ["train"], ["evaluate"], ["infer"], ["demo"]):
         assert "Example: pnem" in call(*command, "--help").replace("`", "")
 
 
@@ -56,6 +57,32 @@ def test_data_are_written_once(tmp_path):
     before = (tmp_path / "s.h5").read_bytes()
     assert "exists" in call(*arguments, code=1)
     assert (tmp_path / "s.h5").read_bytes() == before
+
+
+def test_digits_are_written_once(tmp_path):
+    arguments = ["data", "mnist", tmp_path / "d.h5", "--train", 30, "--valid", 20, "--test", 10, "--grey"]
+    assert "30 training" in call(*arguments)
+    features = ImageDataset.from_hdf5(tmp_path / "d.h5", "test", with_groups=False)[:].x
+    assert features.shape == (10, 784, 1)
+    assert ((features > 0) & (features < 1)).any()
+    assert "exists" in call(*arguments, code=1)
+    assert "5000" in call("data", "mnist", tmp_path / "e.h5", "--train", 4001, code=1)
+    assert not (tmp_path / "e.h5").exists()
+
+
+def test_grey_images_without_groups_are_trained_on_and_scored(tmp_path):
+    data, out = tmp_path / "x.h5", tmp_path / "run"
+    features = torch.rand(1, 20, 3, 4, 1)
+    write_hdf5(data, dict.fromkeys(("training", "validation", "test"), (features, None)))
+    output = call("train", data, "--strategy", "rnn-em", "--out", out, *TRAINING)
+    assert "ARI" not in output
+    output = call("evaluate", out, data, "--json", tmp_path / "scores.json", "--device", "cpu")
+    (ami,) = [line for line in output.splitlines() if "AMI" in line]
+    assert ami.count("–") == 2
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["ami"] is scores["ari"] is scores["ari_se"] is None
+    assert scores["log_evidence"] < 0
+    assert scores["images"] == 20
 
 
 def test_evaluate_prints_a_table_and_writes_json(run, data, tmp_path):
