@@ -5,7 +5,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pnem.errors import RunError, StrategyError
-from pnem.inference import ELBO, NEM, RNNEM, BitFlip, IterativeVI, NEMLoss, Objective, Strategy, encoders
+from pnem.inference import (
+    ELBO,
+    NEM,
+    RNNEM,
+    VAE,
+    BitFlip,
+    IterativeVI,
+    NEMLoss,
+    Objective,
+    Strategy,
+    encoders,
+)
 from pnem.models import Bernoulli, SpatialMixture, decoders
 
 __all__ = ["PRESETS", "STRATEGIES", "Parts", "Preset", "find_preset"]
@@ -24,7 +35,7 @@ class Preset:
     """A named recipe.
 
     Attributes:
-        strategy: the strategy's name at the command line.
+        strategy: the strategy's name at the command line; its first preset is its default.
         summary: one line on what it is.
         parts: builds the parts for images of shape (H, W, C), K components and T iterations.
         components: the default K.
@@ -103,6 +114,19 @@ def _tied(image_shape: Sequence[int]) -> decoders.Linear:
     return decoders.Linear(250, image_shape, bias=False, input_activation="sigmoid")
 
 
+def _vae_mnist(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
+    if iterations != 1:
+        raise StrategyError(f"a VAE finds its q(θ) in one iteration, not {iterations}: leave the iterations out")
+    model = SpatialMixture(
+        decoders.MLP(20, image_shape, hidden=(512, 512)),
+        Bernoulli(),
+        components,
+        prior="standard_normal",
+        pixel_prior=None if components == 1 else 0.0,
+    )
+    return Parts(model, VAE(model, encoder=encoders.MLP(image_shape, hidden=(512, 512))), ELBO("last"))
+
+
 _BEST = {"batch_size": 64, "schedule": "cosine", "warmup_steps": 100, "patience": None, "valid_limit": 2_000}
 _GREFF2017 = {"epochs": 500, "batch_size": 64, "learning_rate": 1e-3, "patience": 10}
 
@@ -150,13 +174,21 @@ PRESETS: dict[str, Preset] = {
     "greff2017-static-n-em": Preset(
         "n-em", "the original N-EM on static shapes (Greff et al. 2017)", _greff2017_static_n_em, 4, 15, _GREFF2017
     ),
+    "vae-mnist": Preset(
+        "vae",
+        "a VAE with one component: 784-512-512-20 and back",
+        _vae_mnist,
+        1,
+        1,
+        {"epochs": 60, "batch_size": 64, "learning_rate": 1e-3, "patience": 15},
+    ),
 }
 
 STRATEGIES = tuple(dict.fromkeys(preset.strategy for preset in PRESETS.values()))
 
 
 def find_preset(strategy: str, preset: str | None = None) -> Preset:
-    """The preset of that name, or the strategy's default.
+    """The preset of that name, or the strategy's default: the first in `PRESETS`.
 
     Raises:
         StrategyError: an unknown strategy.
@@ -164,10 +196,11 @@ def find_preset(strategy: str, preset: str | None = None) -> Preset:
     """
     if strategy not in STRATEGIES:
         raise StrategyError(f"unknown strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
-    name = strategy if preset is None else preset
-    if name not in PRESETS:
-        raise RunError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-    found = PRESETS[name]
+    if preset is None:
+        return next(found for found in PRESETS.values() if found.strategy == strategy)
+    if preset not in PRESETS:
+        raise RunError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    found = PRESETS[preset]
     if found.strategy != strategy:
-        raise RunError(f"preset {name!r} is for the strategy {found.strategy!r}, not {strategy!r}")
+        raise RunError(f"preset {preset!r} is for the strategy {found.strategy!r}, not {strategy!r}")
     return found
