@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import pyro.distributions as dist
+from torch import Tensor
 
 from pnem.data import ImageDataset
 from pnem.data.writing import SafeFile
 from pnem.errors import DataError
+from pnem.inference import Posterior
 from pnem.run import Run
 
 __all__ = ["write_predictions"]
@@ -17,8 +20,9 @@ __all__ = ["write_predictions"]
 def write_predictions(run: Run, data: str | Path, out: str | Path, *, split: str = "test", **options: Any) -> int:
     """Infers a split batch by batch and writes it; returns the number of images N.
 
-    Datasets: ``gamma`` (N, K, H, W), ``labels`` (N, H, W), the component most responsible, and ``psi`` (N, K, H, W, C),
-    each component's predicted mean.
+    Datasets: ``gamma`` (N, K, H, W); ``labels`` (N, H, W), the component most responsible; ``psi`` (N, K, H, W, C),
+    each component's predicted mean; ``theta`` (N, K, M), the mean of q(θ); and where q(θ) is a normal distribution
+    with independent entries ``theta_scale`` (N, K, M), their standard deviations.
 
     Args:
         run: a fitted run.
@@ -36,24 +40,20 @@ def write_predictions(run: Run, data: str | Path, out: str | Path, *, split: str
     images = {split: ImageDataset.from_hdf5(data, split, with_groups=False)}
     options["split"] = split
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    H, W, C = run.settings.image_shape
-    K = run.model.num_components
     count = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with SafeFile(temporary, "x+") as sink, h5py.File(sink, "w") as file:
-            shapes = {"gamma": ((K, H, W), "f4"), "labels": ((H, W), "i2"), "psi": ((K, H, W, C), "f4")}
-            datasets = {
-                name: file.create_dataset(name, (0, *shape), dtype, maxshape=(None, *shape), chunks=(64, *shape))
-                for name, (shape, dtype) in shapes.items()
-            }
             for _, posterior in run.infer_batches(images, **options):
-                values = {"gamma": posterior.gamma, "labels": posterior.labels, "psi": posterior.mean}
-                size = len(posterior.gamma)
-                for name, dataset in datasets.items():
-                    dataset.resize(count + size, axis=0)
-                    dataset[count:] = values[name].cpu().numpy().reshape(size, *shapes[name][0])
-                count += size
+                for name, tensor in _contents(posterior, run.settings.image_shape).items():
+                    values = tensor.cpu().numpy()
+                    shape = values.shape[1:]
+                    if name not in file:
+                        dtype = "i2" if name == "labels" else "f4"
+                        file.create_dataset(name, (0, *shape), dtype, maxshape=(None, *shape), chunks=(64, *shape))
+                    file[name].resize(count + len(values), axis=0)
+                    file[name][count:] = values
+                count += len(posterior.gamma)
                 sink.check()
             file.flush()
             sink.check()
@@ -65,3 +65,16 @@ def write_predictions(run: Run, data: str | Path, out: str | Path, *, split: str
     finally:
         temporary.unlink(missing_ok=True)
     return count
+
+
+def _contents(posterior: Posterior, image_shape: tuple[int, int, int]) -> dict[str, Tensor]:
+    grid = image_shape[:2]
+    contents = {
+        "gamma": posterior.gamma.unflatten(-1, grid),
+        "labels": posterior.labels.unflatten(-1, grid),
+        "psi": posterior.mean.unflatten(-2, grid),
+        "theta": posterior.theta,
+    }
+    if isinstance(posterior.q, dist.Independent) and isinstance(posterior.q.base_dist, dist.Normal):
+        contents["theta_scale"] = posterior.q.stddev
+    return contents
