@@ -77,13 +77,15 @@ def common(
 
 RunArgument = Annotated[Path, typer.Argument(help="A run directory, as pnem train wrote it.", metavar="RUN")]
 DataArgument = Annotated[Path, typer.Argument(help="An HDF5 file, as pnem data writes it.", metavar="DATA")]
-SeedOption = Annotated[int, typer.Option(help="Seed of the initial γ.", min=0, max=2**32 - 1)]
+SeedOption = Annotated[int, typer.Option(help="Seed of the initial γ and of draws from q(θ).", min=0, max=2**32 - 1)]
 FitSeedOption = Annotated[
-    int, typer.Option(help="Seed of parameters, shuffling, noise and initial γ.", min=0, max=2**32 - 1)
+    int, typer.Option(help="Seed of parameters, shuffling, noise, initial γ and draws of θ.", min=0, max=2**32 - 1)
 ]
 SplitOption = Annotated[str, typer.Option(help="training, validation or test.")]
 LimitOption = Annotated[int | None, typer.Option(help="Use only the first so many images.")]
-RestartsOption = Annotated[int, typer.Option(help="Starts per image; the one with the best evidence is kept.")]
+RestartsOption = Annotated[
+    int, typer.Option(help="Starts per image; the one with the best ELBO is kept. (A vae has one.)")
+]
 IterationsOption = Annotated[int | None, typer.Option(help="T at inference; the default is that of training.")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile an iteration: a slow start, faster steps.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -133,7 +135,7 @@ def mnist(
 @app.command()
 def train(
     data: DataArgument,
-    strategy: Annotated[str, typer.Option(help="rnn-em or n-em.")],
+    strategy: Annotated[str, typer.Option(help="rnn-em, n-em, vae or iterative-vi.")],
     out: Annotated[Path, typer.Option(help="The run directory to write.")],
     preset: Annotated[str | None, typer.Option(help="A recipe; the default is the strategy's best one.")] = None,
     components: Annotated[int | None, typer.Option(help="K.")] = None,
@@ -194,11 +196,16 @@ def evaluate(
     limit: LimitOption = None,
     restarts: RestartsOption = 1,
     iterations: IterationsOption = None,
+    importance_samples: Annotated[
+        int | None, typer.Option(help="Also estimate log p(x), with so many draws from q(θ) for each image.")
+    ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores to this file.")] = None,
 ) -> None:
     """Score a run: grouping against the true objects where the data have them, evidence, reconstruction.
+
+    Strategies whose q(θ) is a distribution, such as vae, also have an ELBO, and log p(x) by importance weighting.
 
     Example: `pnem evaluate runs/rnn-em shapes.h5 --limit 1000 --restarts 8`
     """
@@ -208,7 +215,14 @@ def evaluate(
     if json_file is not None and json_file.exists():
         raise RunError(f"{json_file} exists already: choose another name")
     scores = load(run, device=device).evaluate(
-        data, split=split, limit=limit, restarts=restarts, iterations=iterations, seed=seed, progress=True
+        data,
+        split=split,
+        limit=limit,
+        restarts=restarts,
+        iterations=iterations,
+        importance_samples=importance_samples,
+        seed=seed,
+        progress=True,
     )
     table = Table(title=f"{run} on {scores.images} {split} images")
     table.add_column("score")
@@ -235,9 +249,10 @@ def infer(
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
 ) -> None:
-    """Write responsibilities, labels and each component's prediction to HDF5.
+    """Write responsibilities, labels, each component's prediction and q(θ) to HDF5.
 
-    Datasets: gamma (N, K, H, W), labels (N, H, W), psi as means (N, K, H, W, C).
+    Datasets: gamma (N, K, H, W), labels (N, H, W), psi as means (N, K, H, W, C), theta, the mean of q(θ), (N, K, M);
+    where q(θ) is normal, theta_scale, its standard deviations, (N, K, M).
 
     Example: `pnem infer runs/rnn-em shapes.h5 --out pred.h5 --limit 1000`
     """
@@ -255,7 +270,7 @@ def infer(
         seed=seed,
         progress=True,
     )
-    _say(f"wrote gamma, labels and psi of {count} {split} images to {out}")
+    _say(f"wrote gamma, labels, psi and theta of {count} {split} images to {out}")
 
 
 app.command()(em)

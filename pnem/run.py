@@ -1,11 +1,13 @@
 """A fitted (model, strategy) pair: use it, score it, save it, load it."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyro.distributions as dist
 import torch
 from rich.progress import track
 from torch import Tensor
@@ -13,9 +15,9 @@ from torch import Tensor
 from pnem.data import Batch, ImageDataset
 from pnem.data.arrays import check_whole
 from pnem.devices import forked_rng, resolve_device
-from pnem.errors import RunError
+from pnem.errors import RunError, StrategyError
 from pnem.files import write_atomically
-from pnem.inference import Posterior, Strategy
+from pnem.inference import Posterior, Strategy, importance_weighted_bound
 from pnem.loading import batches, check_images, open_split
 from pnem.models import Bernoulli, SpatialMixture
 from pnem.models.config import build
@@ -77,8 +79,11 @@ class Run:
         images = torch.as_tensor(x)
         if images.dim() == 4 and tuple(images.shape[1:]) == self.settings.image_shape:
             images = images.flatten(1, 2)
-        images = images.to(self.device, self.model.mixing_logits.dtype)
+        images = self._ours(images)
         return self.strategy.infer(images, restarts=restarts, iterations=iterations, keep_trace=keep_trace)
+
+    def _ours(self, images: Tensor) -> Tensor:
+        return images.to(self.device, self.model.mixing_logits.dtype)
 
     def infer_batches(
         self,
@@ -118,11 +123,23 @@ class Run:
         limit: int | None = None,
         restarts: int = 1,
         iterations: int | None = None,
+        importance_samples: int | None = None,
         batch_size: int = 100,
         seed: int = 0,
         progress: bool = False,
     ) -> Scores:
-        """Scores on a split; the arguments and errors are those of `infer_batches`."""
+        """Scores on a split; the other arguments and errors are those of `infer_batches`.
+
+        Args:
+            importance_samples: L draws of θ for each image, by which log p(x) is estimated; None leaves that out. It
+                takes a strategy whose q(θ) has a density.
+
+        Raises:
+            DataError: importance_samples < 1.
+            StrategyError: importance samples are asked of a strategy whose q(θ) is a Delta.
+        """
+        if importance_samples is not None:
+            check_whole(importance_samples, "importance_samples")
         results = self.infer_batches(
             data,
             split=split,
@@ -133,7 +150,25 @@ class Run:
             seed=seed,
             progress=progress,
         )
-        return score(results, bernoulli=isinstance(self.model.likelihood, Bernoulli))
+        bernoulli = isinstance(self.model.likelihood, Bernoulli)
+        if importance_samples is None:
+            return score(results, bernoulli=bernoulli)
+        log_marginal = functools.partial(self._log_marginal, samples=importance_samples)
+        with forked_rng(self.device):
+            # A stream that no batch of `infer_batches` has.
+            torch.manual_seed((seed + 1) * 1_000_003 - 1)
+            return score(results, bernoulli=bernoulli, log_marginal=log_marginal, importance_samples=importance_samples)
+
+    def _log_marginal(self, batch: Batch, posterior: Posterior, samples: int) -> Tensor:
+        if isinstance(posterior.q, dist.Delta):
+            raise StrategyError(
+                f"importance samples need a q(θ) with a density, but {type(self.strategy).__name__}'s is a Delta: "
+                "leave importance_samples out, or give pnem.inference.importance_weighted_bound a width in Python"
+            )
+        x = self._ours(batch.x)
+        return importance_weighted_bound(
+            self.model, self.strategy, x, samples=samples, posterior=posterior
+        ).log_marginal
 
     def save(self, directory: str | Path) -> None:
         """Stores the run in a new directory, from which `load` reproduces it exactly; without its checkpoints.
