@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pnem.inference.errors import StrategyError
+from pnem.inference.line_search import Ascent
 from pnem.inference.posterior import State
 from pnem.inference.starts import nearest, seeds
 from pnem.inference.strategy import Strategy
@@ -13,10 +14,6 @@ from pnem.models import MultivariateNormal, SpatialMixture, StudentT
 
 __all__ = ["GradientEM"]
 
-# The part of the rise that the slope promises which a step must keep (Armijo).
-SUFFICIENT = 1e-4
-# A step that goes far wrong, into an overflow say, is cut at most to this part.
-CUT = 1e-4
 # M-steps at the first γ where the decoder is constant.
 FIRST = 10
 
@@ -102,23 +99,11 @@ class GradientEM(Strategy):
 
     def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102
         with torch.no_grad():
-            theta, size = state.theta, self._first_size(state)
-            q, gradient = self._value_and_gradient(theta, state, x_in)
+            theta = state.theta
+            ascent = Ascent(theta, *self._value_and_gradient(theta, state, x_in), self._first_size(state))
             for _ in range(self.steps):
-                trial = theta + size.unsqueeze(-1) * gradient
-                q_trial, gradient_trial = self._value_and_gradient(trial, state, x_in)
-                promised = size * gradient.square().sum(-1)
-                rose = (q_trial >= q + SUFFICIENT * promised) & q_trial.isfinite()
-                turn = gradient - gradient_trial
-                bend = size * (gradient * turn).sum(-1)
-                # Where Q is not concave along the step, nothing says how far is too far.
-                longer = torch.where(bend > 0, bend / turn.square().sum(-1), 4 * size)
-                shorter = size * (0.5 * promised / (q + promised - q_trial)).nan_to_num(0.0).clamp(CUT, 0.5)
-                size = torch.where(rose, longer, shorter)
-                q = torch.where(rose, q_trial, q)
-                theta = torch.where(rose.unsqueeze(-1), trial, theta)
-                gradient = torch.where(rose.unsqueeze(-1), gradient_trial, gradient)
-        return theta
+                ascent = ascent.tried(lambda trial: self._value_and_gradient(trial, state, x_in))
+        return ascent.point
 
     def expected_log_joint(self, theta: Tensor, state: State, x: Tensor) -> Tensor:
         """Each component's part of Q at θ (B, K, M), by the γ and π of a state, in nats: (B, K).
