@@ -51,8 +51,8 @@ def describe(part: Any) -> Any:
     )
 
 
-def build(description: Mapping[str, Any], *args: Any) -> Any:
-    """The part that `describe` described; `args` are passed before the described arguments.
+def build(description: Mapping[str, Any], model: Any = None) -> Any:
+    """The part that `describe` described; parts that work on a model are given `model`, however deep they lie.
 
     Raises:
         ModelError: the description names no type, an unknown one, or arguments that the type does not take.
@@ -62,18 +62,19 @@ def build(description: Mapping[str, Any], *args: Any) -> Any:
         raise ModelError(
             f"unknown part {name!r}: import the module that defines it first; known are {sorted(_CLASSES)}"
         )
-    arguments = {key: _build_argument(value) for key, value in description.items() if key != "type"}
+    arguments = {key: _build_argument(value, model) for key, value in description.items() if key != "type"}
+    takes_model = model is not None and "model" in inspect.signature(_CLASSES[name]).parameters
     try:
-        return _CLASSES[name](*args, **arguments)
+        return _CLASSES[name](*([model] if takes_model else []), **arguments)
     except TypeError as error:
         raise ModelError(f"{name} does not take the described arguments {sorted(arguments)}: {error}") from error
 
 
-def _build_argument(value: Any) -> Any:
+def _build_argument(value: Any, model: Any) -> Any:
     if isinstance(value, Mapping):
-        return build(value)
+        return build(value, model)
     if isinstance(value, list):
-        return tuple(_build_argument(item) for item in value)
+        return tuple(_build_argument(item, model) for item in value)
     return value
 
 
