@@ -188,6 +188,10 @@ class Strategy(Configured, nn.Module, ABC):
         register_parameters("strategy", self)
         return self.guide_at(self.unroll(x)[-1])()
 
+    def check_infer(self, restarts: int, iterations: int, gamma: Tensor | None) -> None:
+        """Raises `StrategyError` unless `infer` can do with these."""
+        check_starts(restarts, iterations, given=gamma is not None)
+
     def infer(
         self,
         x: Tensor,
@@ -214,7 +218,7 @@ class Strategy(Configured, nn.Module, ABC):
         """
         iterations = self.iterations if iterations is None else iterations
         self.model.check(x)
-        check_starts(restarts, iterations, given=gamma is not None)
+        self.check_infer(restarts, iterations, gamma)
         was_training = self.training
         self.eval()
         try:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from pnem.inference.encoders import MLP, Encoder
 from pnem.inference.errors import StrategyError
 from pnem.inference.noise import Noise
-from pnem.inference.posterior import Posterior, State
+from pnem.inference.posterior import State
 from pnem.inference.variational import Normals, NormalStrategy
 from pnem.models import SpatialMixture
 
@@ -52,23 +52,10 @@ class VAE(NormalStrategy):
         location, log_scale = self.head(self.encoder(x_in)).unflatten(-1, shape).unbind(-2)
         return Normals(location, torch.exp(log_scale.to(torch.promote_types(log_scale.dtype, torch.float32))))
 
-    def infer(
-        self,
-        x: Tensor,
-        *,
-        restarts: int = 1,
-        iterations: int | None = None,
-        gamma: Tensor | None = None,
-        keep_trace: bool = True,
-    ) -> Posterior:
-        """See `Strategy.infer`; q(θ) depends on the image alone, so there is one start and one iteration.
-
-        Raises:
-            StrategyError: other restarts or iterations than one, or γ given.
-        """
-        if restarts != 1 or iterations not in (None, 1) or gamma is not None:
+    def check_infer(self, restarts: int, iterations: int, gamma: Tensor | None) -> None:
+        """See `Strategy.check_infer`: q(θ) depends on the image alone, so there is one start and one iteration."""
+        if restarts != 1 or iterations != 1 or gamma is not None:
             raise StrategyError(
-                "a VAE's q(θ) depends on the image alone, in one pass: leave restarts, iterations and gamma out, or "
-                "refine its q by SemiAmortised"
+                "a VAE's q(θ) depends on the image alone, in one pass: leave restarts, iterations and gamma out; "
+                "SemiAmortised refines its q over iterations"
             )
-        return super().infer(x, keep_trace=keep_trace)
