@@ -23,6 +23,7 @@ from pnem.inference.objectives import ELBO, Losses, NEMLoss, Objective
 from pnem.inference.online_em import OnlineEM
 from pnem.inference.posterior import Posterior, State
 from pnem.inference.rnn_em import RNNEM
+from pnem.inference.semi_amortised import SemiAmortised
 from pnem.inference.strategy import Strategy
 from pnem.inference.vae import VAE
 from pnem.inference.variational import Normals, NormalStrategy
@@ -54,6 +55,7 @@ __all__ = [
     "OnlineEM",
     "Parameters",
     "Posterior",
+    "SemiAmortised",
     "State",
     "Strategy",
     "encoders",

@@ -8,7 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pnem.inference import NEM, RNNEM, VAE, BitFlip, GradientEM, IterativeVI, MaskedUniform, Strategy, encoders
+from pnem.inference import (
+    NEM,
+    RNNEM,
+    VAE,
+    BitFlip,
+    GradientEM,
+    IterativeVI,
+    MaskedUniform,
+    SemiAmortised,
+    Strategy,
+    encoders,
+)
 from pnem.models import (
     Bernoulli,
     Binomial,
@@ -53,10 +64,14 @@ STRATEGIES: dict[str, Callable[[SpatialMixture], Strategy]] = {
         gamma_gradient=False,
     ),
     "iterative vi, delta": lambda model: IterativeVI(model, posterior="delta", iterations=3),
+    "semi-amortised vae": lambda model: SemiAmortised(
+        VAE(model, encoder=encoders.MLP(model.decoder.image_shape, hidden=(9,)), noise=BitFlip(0.1)), steps=3, draws=8
+    ),
+    "semi-amortised rnn-em": lambda model: SemiAmortised(RNNEM(model, iterations=2), steps=3),
 }
-PROPER = {"vae", "iterative vi", "iterative vi, gated"}
+PROPER = {"vae", "iterative vi", "iterative vi, gated", "semi-amortised vae"}
 """Strategies whose q(θ) is a distribution, so that they need a proper prior."""
-ONE_START = {"vae"}
+ONE_START = {"vae", "semi-amortised vae"}
 """Strategies whose q(θ) depends on nothing but the image, and that tell components apart by their order."""
 
 MODELS: dict[str, Callable[..., SpatialMixture]] = {
