@@ -12,6 +12,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from pnem import __version__
+from pnem.data_command import data_app
 from pnem.em_command import em
 from pnem.errors import PnemError, RunError
 
@@ -59,7 +60,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     add_completion=False,
 )
-data_app = typer.Typer(help="Write data sets in the N-EM authors' HDF5 layout.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 
@@ -76,7 +76,9 @@ def common(
 
 
 RunArgument = Annotated[Path, typer.Argument(help="A run directory, as pnem train wrote it.", metavar="RUN")]
-DataArgument = Annotated[Path, typer.Argument(help="An HDF5 file, as pnem data writes it.", metavar="DATA")]
+DataArgument = Annotated[
+    Path, typer.Argument(help="An HDF5 file as pnem data writes it; groups may be missing.", metavar="DATA")
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of the initial γ and of draws from q(θ).", min=0, max=2**32 - 1)]
 FitSeedOption = Annotated[
     int, typer.Option(help="Seed of parameters, shuffling, noise, initial γ and draws of θ.", min=0, max=2**32 - 1)
@@ -89,47 +91,6 @@ RestartsOption = Annotated[
 IterationsOption = Annotated[int | None, typer.Option(help="T at inference; the default is that of training.")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile an iteration: a slow start, faster steps.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-
-
-@data_app.command("static-shapes")
-def static_shapes(
-    path: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")],
-    objects: Annotated[int, typer.Option(help="Shapes per image.")] = 3,
-    size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 28,
-    train: Annotated[int, typer.Option(help="Training images.")] = 50_000,
-    valid: Annotated[int, typer.Option(help="Validation images.")] = 10_000,
-    test: Annotated[int, typer.Option(help="Test images.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Seed of the generator.", min=0)] = 0,
-) -> None:
-    """Binary images of outlined squares and triangles.
-
-    Example: `pnem data static-shapes shapes.h5 --objects 3 --size 28`
-    """
-    from pnem.data import write_static_shapes
-
-    write_static_shapes(path, num_objects=objects, size=size, train=train, valid=valid, test=test, seed=seed)
-    _say(f"wrote {train} training, {valid} validation and {test} test images to {path}")
-
-
-@data_app.command("mnist")
-def mnist(
-    path: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")],
-    train: Annotated[int, typer.Option(help="Training images.")] = 4_000,
-    valid: Annotated[int, typer.Option(help="Validation images.")] = 500,
-    test: Annotated[int, typer.Option(help="Test images; 5,000 in all splits are the most.")] = 500,
-    binarise: Annotated[
-        bool, typer.Option("--binarise/--grey", help="Draw each pixel once by its grey value, or keep that, in [0, 1].")
-    ] = True,
-    seed: Annotated[int, typer.Option(help="Seed of the splits and of the binarisation.", min=0)] = 0,
-) -> None:
-    """MNIST digits, 500 of each class, without true groups (needs pnem\\[mnist]).
-
-    Example: `pnem data mnist digits.h5`
-    """
-    from pnem.data import write_mnist
-
-    write_mnist(path, train=train, valid=valid, test=test, binarise=binarise, seed=seed)
-    _say(f"wrote {train} training, {valid} validation and {test} test images to {path}")
 
 
 @app.command()
