@@ -9,7 +9,7 @@ from pnem.inference.noise import Noise
 from pnem.inference.posterior import State
 from pnem.inference.recurrent import RecurrentStrategy
 from pnem.inference.strategy import require_proper_prior
-from pnem.inference.variational import Normals, at_mean, drawn_from, mean_elbo
+from pnem.inference.variational import Normals, drawn_from
 from pnem.models import SpatialMixture
 
 __all__ = ["IterativeVI"]
@@ -149,10 +149,3 @@ class IterativeVI(RecurrentStrategy):
                 return at(location + scale * epsilon, state._replace(location=location, scale=scale))
 
             return torch.func.grad(elbo, argnums=(0, 1))(state.location, state.scale.log())
-
-    def merit(self, state: State, x: Tensor) -> Tensor:
-        """The ELBO; for a normal q its mean over draws."""
-        return super().merit(state, x) if state.location is None else mean_elbo(self, state, x)
-
-    def settle(self, state: State, x: Tensor) -> State:  # noqa: D102
-        return state if state.location is None else at_mean(self, state, x)

@@ -139,9 +139,6 @@ class SemiAmortised(Strategy):
         """The ELBO, of a normal q on draws that the steps do not see."""
         return self.elbo(state) if state.location is None else self._held_out_elbos(_point(state), state, x).mean(-1)
 
-    def settle(self, state: State, x: Tensor) -> State:  # noqa: D102
-        return state if state.location is None else self.evaluate(state, state.location, x)
-
     def _unpack(self, state: State) -> tuple[Ascent, list[Tensor]]:
         """Where the ascent stands; and of a normal q the start, and its ELBO at pairs of held-out draws."""
         assert state.memory is not None

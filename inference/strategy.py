@@ -19,6 +19,8 @@ __all__ = ["Strategy", "check_starts", "require_pixels", "require_proper_prior"]
 
 # The original code adds this to p(x_i | ψ) in its E-step.
 GREFF_FLOOR = 1e-6
+# By which the best of several starts is chosen.
+MERIT_DRAWS = 10
 
 
 class Strategy(Configured, nn.Module, ABC):
@@ -176,12 +178,18 @@ class Strategy(Configured, nn.Module, ABC):
         return log_prior / len(log_prior) if self.model.mixing_kind == "learned" else log_prior
 
     def merit(self, state: State, x: Tensor) -> Tensor:
-        """By what the best of several starts is chosen, (B,): the ELBO."""
-        return self.elbo(state)
+        """By what the best of several starts is chosen, (B,): the ELBO.
+
+        Where q(θ) is a distribution, its mean over draws of its own, so that the trace is not selected for.
+        """
+        if state.location is None:
+            return self.elbo(state)
+        elbos = [self.elbo(self.evaluate(state, state.q.sample(), x)) for _ in range(MERIT_DRAWS)]
+        return torch.stack(elbos).mean(0)
 
     def settle(self, state: State, x: Tensor) -> State:
         """The state as `infer` reports it: at the mean of q(θ)."""
-        return state
+        return state if state.location is None else self.evaluate(state, state.location, x)
 
     def forward(self, x: Tensor) -> Tensor:
         """The Pyro guide: unrolls on `x` (B, D, C) and samples θ at the last state."""
@@ -239,7 +247,8 @@ class Strategy(Configured, nn.Module, ABC):
             best = merit.reshape(restarts, -1).argmax(0) * len(x) + torch.arange(len(x), device=x.device)
             states = [state.map(lambda value: value[best]) for state in states]
             elbo = elbo[:, best]
-        states = [self.settle(state, x) for state in states]
+        with torch.no_grad():
+            states = [self.settle(state, x) for state in states]
         return Posterior.from_states(states, elbo, keep_trace=keep_trace)
 
 

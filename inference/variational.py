@@ -14,8 +14,6 @@ from pnem.models import SpatialMixture
 
 __all__ = ["NormalStrategy", "Normals"]
 
-MERIT_DRAWS = 10
-
 
 class Normals(NamedTuple):
     """The parameters of q(θ_k) = N(location_k, scale_k²): (B, K, M) both; and a strategy's memory (B, K, H) or None."""
@@ -65,13 +63,6 @@ class NormalStrategy(Strategy):
     def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102
         return self.improve(state, x_in).theta
 
-    def merit(self, state: State, x: Tensor) -> Tensor:
-        """The mean of the ELBO over draws of its own, so that the trace of the start it chooses is not selected for."""
-        return mean_elbo(self, state, x)
-
-    def settle(self, state: State, x: Tensor) -> State:  # noqa: D102
-        return at_mean(self, state, x)
-
 
 def drawn_from(strategy: Strategy, state: State, q: Normals) -> State:
     """The state with this q(θ), in single precision at least, and θ drawn from it, reparameterised.
@@ -85,21 +76,6 @@ def drawn_from(strategy: Strategy, state: State, q: Normals) -> State:
     _require_finite(strategy, location, scale)
     theta = location + scale * torch.randn_like(location)
     return state._replace(theta=theta, location=location, scale=scale, memory=q.memory)
-
-
-def mean_elbo(strategy: Strategy, state: State, x: Tensor) -> Tensor:
-    """The mean of the ELBO over fresh draws from the state's q(θ), in nats per image: (B,)."""
-    total = torch.zeros_like(state.log_evidence)
-    for _ in range(MERIT_DRAWS):
-        total = total + strategy.elbo(strategy.evaluate(state, state.q.sample(), x))
-    return total / MERIT_DRAWS
-
-
-def at_mean(strategy: Strategy, state: State, x: Tensor) -> State:
-    """The state at the mean of its q(θ)."""
-    assert state.location is not None
-    with torch.no_grad():
-        return strategy.evaluate(state, state.location, x)
 
 
 def _require_finite(strategy: Strategy, location: Tensor, scale: Tensor) -> None:
