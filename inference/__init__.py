@@ -1,6 +1,7 @@
 """Inference: strategies on the spatial mixture, their parts, and training objectives."""
 
 from pnem.inference import encoders
+from pnem.inference.annealed_importance_sampling import annealed_importance_sampling
 from pnem.inference.classical_em import ClassicalEM
 from pnem.inference.convergence import ConvergenceWarning, Fit
 from pnem.inference.estimates import Estimate
@@ -58,6 +59,7 @@ __all__ = [
     "SemiAmortised",
     "State",
     "Strategy",
+    "annealed_importance_sampling",
     "encoders",
     "evidence_lower_bound",
     "exact_log_marginal",

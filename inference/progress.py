@@ -12,7 +12,7 @@ __all__ = ["Progress"]
 class Progress:
     """Iterations done, and of a stream the items seen in the present one; on standard error, nothing unless `shown`."""
 
-    def __init__(self, iterations: int, *, shown: bool):
+    def __init__(self, iterations: int, *, shown: bool, description: str = "EM"):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bars
@@ -28,7 +28,7 @@ class Progress:
             disable=not shown,
         )
         self.shown = shown
-        self._iterations = self._bars.add_task("EM", total=iterations, note="")
+        self._iterations = self._bars.add_task(description, total=iterations, note="")
         self._items: TaskID | None = None
 
     def __enter__(self) -> Self:
