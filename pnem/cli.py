@@ -185,7 +185,8 @@ def evaluate(
         seed=seed,
         progress=True,
     )
-    table = Table(title=f"{run} on {scores.images} {split} images")
+    title = f"{run} on {scores.images} {split} images"
+    table = Table(title=title, caption="all but AMI and ARI in nats per image")
     table.add_column("score")
     table.add_column("mean", justify="right")
     table.add_column("standard error", justify="right")

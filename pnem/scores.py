@@ -50,20 +50,23 @@ class Scores(NamedTuple):
     images: int
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """What each score is, its mean and its standard error, as a table shows them: a dash for NaN."""
+        """What each score is, its mean and its standard error, as a table shows them: a dash for NaN.
+
+        All but AMI and ARI are in nats per image.
+        """
         rows = [
             ("AMI", _number(self.ami, 4), _number(self.ami_se, 4)),
             ("ARI", _number(self.ari, 4), _number(self.ari_se, 4)),
         ]
         if self.importance_samples:
-            title = f"log p(x), importance-weighted bound of {self.importance_samples} samples, nats per image"
+            title = f"log p(x), importance-weighted bound, L = {self.importance_samples}"
             rows.append((title, _number(self.log_marginal, 2), _number(self.log_marginal_se, 2)))
         if not math.isnan(self.elbo):
-            rows.append(("ELBO, nats per image", _number(self.elbo, 2), _number(self.elbo_se, 2)))
+            rows.append(("ELBO", _number(self.elbo, 2), _number(self.elbo_se, 2)))
         return [
             *rows,
-            ("log evidence at θ (no bound on log p(x)), nats per image", _number(self.log_evidence, 2), ""),
-            ("BCE of the reconstruction, nats per image", _number(self.bce, 2), ""),
+            ("log evidence at θ, no bound on log p(x)", _number(self.log_evidence, 2), ""),
+            ("BCE of the reconstruction", _number(self.bce, 2), ""),
         ]
 
 
