@@ -24,12 +24,12 @@ class IterativeVI(RecurrentStrategy):
     From N(0, I), q(θ_k) = N(μ_k, diag(s_k²)) is refined by
 
         h_k ← cell([encoder(γ_k (x − E[x | ψ_k])), μ_k, log s_k, ε_k, g_k], h_k)
-        (μ_k, log s_k) ← (μ_k, log s_k) + W h_k + b,      then θ_k = μ_k + s_k ε_k,  ε_k ~ N(0, I),  and the E-step
+        (μ_k, log s_k) ← W h_k + b,      then a draw θ_k = μ_k + s_k ε_k,  ε_k ~ N(0, I),  and the E-step there
 
-    where g_k = asinh of (s_k ∂L/∂μ_k, ∂L/∂log s_k): the gradient of the image's ELBO at the current draw, in units of
-    q's own width and on a logarithmic scale where it is large. No gradient of training flows through g (as in IODINE,
-    Greff et al. 2019). Together with ε, it tells the network what a Newton step would do. (log s is kept below 10
-    in size by a tanh.)
+    where g_k = asinh of (s_k ∂L/∂μ_k, ∂L/∂log s_k): the gradient of the image's ELBO at the draw, in units of q's own
+    width, and on a logarithmic scale where it is large. Together with ε it says where a Newton step would go. No
+    gradient of training flows through g (as in IODINE, Greff et al. 2019). That the memory is read afresh in every
+    iteration, where IODINE adds to the last μ and log s, trains faster. (log s is kept within ±10 by a tanh.)
 
     With ``posterior="delta"`` the memory is θ_k itself: h_k = θ_k, q is a Delta at it, and g_k = asinh(∂L/∂θ_k).
     Without `gradients` that is `RNNEM`.
@@ -105,7 +105,8 @@ class IterativeVI(RecurrentStrategy):
         if self.head is None:
             return state
         memory = x.new_zeros(len(x), self.model.num_components, self.features)
-        return state._replace(location=state.theta, scale=torch.ones_like(state.theta), memory=memory)
+        location, scale = torch.zeros_like(state.theta), torch.ones_like(state.theta)
+        return state._replace(location=location, scale=scale, memory=memory)
 
     def improve(self, state: State, x_in: Tensor) -> State:  # noqa: D102
         gradients = self.elbo_gradients(state, x_in) if self.gradients else ()
@@ -121,9 +122,9 @@ class IterativeVI(RecurrentStrategy):
         memory = self.recur(
             state, x_in, memory, location, scale.log(), (state.theta - location) / scale, *gradients
         ).to(location.dtype)
-        shift, stretch = self.head(memory).to(location.dtype).chunk(2, -1)
-        log_scale = LOG_SCALE_LIMIT * torch.tanh((scale.log() + stretch) / LOG_SCALE_LIMIT)
-        return drawn_from(self, state, Normals(location + shift, log_scale.exp(), memory))
+        location, log_scale = self.head(memory).to(location.dtype).chunk(2, -1)
+        log_scale = LOG_SCALE_LIMIT * torch.tanh(log_scale / LOG_SCALE_LIMIT)
+        return drawn_from(self, state, Normals(location, log_scale.exp(), memory))
 
     def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102
         return self.improve(state, x_in).theta

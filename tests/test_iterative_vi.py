@@ -54,7 +54,7 @@ def test_a_delta_posterior_without_gradients_is_rnn_em(options):
 
 
 def test_a_normal_posterior_reads_the_memory_as_its_parameters():
-    """One loop: the cell sees the same error as RNN-EM's, and a linear map of its memory moves (μ, log s)."""
+    """One loop: the cell sees the same error as RNN-EM's, and a linear map of its memory is (μ, log s)."""
     model, x = MODELS["owned Bernoulli"](proper=True), images(3)
     strategy = IterativeVI(model, gradients=False, hidden=6, iterations=3)
     state = strategy.init(x)
@@ -65,9 +65,9 @@ def test_a_normal_posterior_reads_the_memory_as_its_parameters():
         inputs = torch.cat([error, state.location, state.scale.log(), epsilon], -1)
         memory = strategy.cell(inputs, state.memory)
         torch.testing.assert_close(after.memory, memory)
-        shift, stretch = strategy.head(memory).chunk(2, -1)
-        torch.testing.assert_close(after.location, state.location + shift)
-        torch.testing.assert_close(after.scale.log(), 10 * torch.tanh((state.scale.log() + stretch) / 10))
+        location, log_scale = strategy.head(memory).chunk(2, -1)
+        torch.testing.assert_close(after.location, location)
+        torch.testing.assert_close(after.scale.log(), 10 * torch.tanh(log_scale / 10))
         state = after
 
 
