@@ -119,12 +119,11 @@ class IterativeVI(RecurrentStrategy):
         assert memory is not None
         if gradients:
             gradients = (scale.detach() * gradients[0]).asinh(), gradients[1].asinh()
-        memory = self.recur(
-            state, x_in, memory, location, scale.log(), (state.theta - location) / scale, *gradients
-        ).to(location.dtype)
-        location, log_scale = self.head(memory).to(location.dtype).chunk(2, -1)
+        epsilon = (state.theta - location) / scale
+        memory = self.recur(state, x_in, memory, location, scale.log(), epsilon, *gradients).to(location.dtype)
+        found, log_scale = self.head(memory).to(location.dtype).chunk(2, -1)
         log_scale = LOG_SCALE_LIMIT * torch.tanh(log_scale / LOG_SCALE_LIMIT)
-        return drawn_from(self, state, Normals(location, log_scale.exp(), memory))
+        return drawn_from(self, state, Normals(found, log_scale.exp(), memory))
 
     def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102
         return self.improve(state, x_in).theta

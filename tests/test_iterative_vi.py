@@ -8,6 +8,7 @@ from pnem.errors import StrategyError
 from pnem.inference import ELBO, RNNEM, BitFlip, IterativeVI, encoders
 from pnem.inference.factor_analysis import posterior_of_factors
 from pnem.models import Bernoulli, SpatialMixture, decoders
+from pnem.presets import find_preset
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -201,3 +202,10 @@ def test_options_it_does_not_know_are_refused():
         IterativeVI(proper, recurrence="lstm")
     with pytest.raises(StrategyError, match="the encoder is for images"):
         IterativeVI(proper, encoder=encoders.MLP((5, 5, 1)))
+
+
+def test_its_preset_is_the_strategys_default():
+    model, strategy, objective = find_preset("iterative-vi").build((28, 28, 1), components=2, iterations=2)
+    x = images(2, (28, 28, 1))
+    assert bool(objective(strategy, strategy.unroll(x), x).loss.isfinite())
+    assert model.has_proper_prior
