@@ -23,6 +23,7 @@ from pnem.inference.normal_scale_mixtures import NormalScaleMixture
 from pnem.inference.objectives import ELBO, Losses, NEMLoss, Objective
 from pnem.inference.online_em import OnlineEM
 from pnem.inference.posterior import Posterior, State
+from pnem.inference.pyro_guide import PyroGuide
 from pnem.inference.rnn_em import RNNEM
 from pnem.inference.semi_amortised import SemiAmortised
 from pnem.inference.strategy import Strategy
@@ -56,6 +57,7 @@ __all__ = [
     "OnlineEM",
     "Parameters",
     "Posterior",
+    "PyroGuide",
     "SemiAmortised",
     "State",
     "Strategy",

@@ -14,7 +14,7 @@ __all__ = ["ConvergenceWarning", "Fit", "best_start", "has_converged"]
 
 
 class ConvergenceWarning(UserWarning):
-    """EM stopped at its last iteration while the evidence was still rising."""
+    """An optimisation stopped at its last iteration while the evidence, or the ELBO, was still rising."""
 
 
 class Fit(NamedTuple):

@@ -6,7 +6,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-__all__ = ["AsOneSite", "Concatenated", "by_component"]
+__all__ = ["AsOneSite", "Concatenated", "OfAllComponents", "by_component"]
 
 
 class Concatenated(dist.TorchDistribution):
@@ -51,12 +51,15 @@ class AsOneSite(dist.TorchDistribution):
     """A distribution of θ as a Pyro site of all components: the images at dim -2, batch shape (B, 1)."""
 
     arg_constraints: dict[str, object] = {}  # noqa: RUF012
-    support = dist.constraints.independent(dist.constraints.real, 2)
 
     def __init__(self, q: dist.TorchDistribution):
         self.q = q
         self.has_rsample = q.has_rsample
         super().__init__(torch.Size([*q.batch_shape, 1]), q.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> dist.constraints.Constraint:  # noqa: D102
+        return self.q.support
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:  # noqa: D102
         return self.q.sample(torch.Size(sample_shape)).unsqueeze(-3)
@@ -66,6 +69,41 @@ class AsOneSite(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:  # noqa: D102
         return self.q.log_prob(value.squeeze(-3)).unsqueeze(-1)
+
+
+class OfAllComponents(dist.TorchDistribution):
+    """A distribution of θ as one vector, batch shape (B,) and event shape (K·M,), with event shape (K, M).
+
+    >>> q = OfAllComponents(dist.MultivariateNormal(torch.zeros(5, 8), torch.eye(8)), 4)
+    >>> q.batch_shape, q.event_shape, q.log_prob(q.sample((7,))).shape
+    (torch.Size([5]), torch.Size([4, 2]), torch.Size([7, 5]))
+    """
+
+    arg_constraints: dict[str, object] = {}  # noqa: RUF012
+    support = dist.constraints.independent(dist.constraints.real, 2)
+
+    def __init__(self, flat: dist.TorchDistribution, num_components: int):
+        self.flat = flat
+        self.shape_of_theta = (num_components, flat.event_shape[0] // num_components)
+        self.has_rsample = flat.has_rsample
+        super().__init__(flat.batch_shape, torch.Size(self.shape_of_theta), validate_args=False)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:  # noqa: D102
+        return self.flat.sample(torch.Size(sample_shape)).unflatten(-1, self.shape_of_theta)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:  # noqa: D102
+        return self.flat.rsample(torch.Size(sample_shape)).unflatten(-1, self.shape_of_theta)
+
+    def log_prob(self, value: Tensor) -> Tensor:  # noqa: D102
+        return self.flat.log_prob(value.flatten(-2))
+
+    @property
+    def mean(self) -> Tensor:  # noqa: D102
+        return self.flat.mean.unflatten(-1, self.shape_of_theta)
+
+    @property
+    def variance(self) -> Tensor:  # noqa: D102
+        return self.flat.variance.unflatten(-1, self.shape_of_theta)
 
 
 def by_component(q: dist.TorchDistribution) -> dist.TorchDistribution | None:

@@ -25,6 +25,7 @@ class State(NamedTuple):
         log_mixing: (B, K), log π: the model's, unless the strategy fits it.
         location, scale: (B, K, M), mean and standard deviation of a normal q(θ_k); None where q(θ) is a Delta.
         memory: (B, K, H), what else a strategy carries from one iteration to the next; None for most.
+        distribution: q(θ) where it is neither a Delta nor such a normal; `map` and `combine` leave it out.
     """
 
     theta: Tensor
@@ -36,6 +37,7 @@ class State(NamedTuple):
     location: Tensor | None = None
     scale: Tensor | None = None
     memory: Tensor | None = None
+    distribution: dist.TorchDistribution | None = None
 
     @property
     def log_evidence(self) -> Tensor:
@@ -45,18 +47,22 @@ class State(NamedTuple):
     @property
     def q(self) -> dist.TorchDistribution:
         """q(θ), with batch shape (B,) and event shape (K, M)."""
+        if self.distribution is not None:
+            return self.distribution
         if self.location is None:
             return dist.Delta(self.theta, event_dim=2)
         return dist.Normal(self.location, self.scale, validate_args=False).to_event(2)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "State":
         """The state with `function` applied to all of its tensors."""
-        return State._make(None if value is None else function(value) for value in self)
+        return State._make(function(value) if isinstance(value, Tensor) else None for value in self)
 
     @classmethod
     def combine(cls, function: Callable[[tuple[Tensor, ...]], Tensor], states: Sequence["State"]) -> "State":
         """One state from several, such as ``torch.stack`` or ``torch.cat`` of each of their tensors."""
-        return cls._make(None if values[0] is None else function(values) for values in zip(*states, strict=True))
+        return cls._make(
+            function(values) if isinstance(values[0], Tensor) else None for values in zip(*states, strict=True)
+        )
 
 
 class Posterior(NamedTuple):

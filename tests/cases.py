@@ -16,6 +16,7 @@ from pnem.inference import (
     GradientEM,
     IterativeVI,
     MaskedUniform,
+    PyroGuide,
     SemiAmortised,
     Strategy,
     encoders,
@@ -68,11 +69,23 @@ STRATEGIES: dict[str, Callable[[SpatialMixture], Strategy]] = {
         VAE(model, encoder=encoders.MLP(model.decoder.image_shape, hidden=(9,)), noise=BitFlip(0.1)), steps=3, draws=8
     ),
     "semi-amortised rnn-em": lambda model: SemiAmortised(RNNEM(model, iterations=2), steps=3),
+    "auto-delta": lambda model: PyroGuide(model, "AutoDelta", steps=3, learning_rate=0.1),
+    "auto-normal": lambda model: PyroGuide(model, "AutoNormal", steps=3, learning_rate=0.1),
+    "auto-multivariate-normal": lambda model: PyroGuide(model, "AutoMultivariateNormal", steps=3, learning_rate=0.1),
 }
-PROPER = {"vae", "iterative vi", "iterative vi, gated", "semi-amortised vae"}
+PROPER = {
+    "vae",
+    "iterative vi",
+    "iterative vi, gated",
+    "semi-amortised vae",
+    "auto-normal",
+    "auto-multivariate-normal",
+}
 """Strategies whose q(θ) is a distribution, so that they need a proper prior."""
-ONE_START = {"vae", "semi-amortised vae"}
-"""Strategies whose q(θ) depends on nothing but the image, and that tell components apart by their order."""
+BY_SVI = {"auto-delta", "auto-normal", "auto-multivariate-normal"}
+"""Strategies that optimise from random θ by random steps, so that only equal batches give equal results."""
+ONE_START = {"vae", "semi-amortised vae"} | BY_SVI
+"""Strategies that do not start from a γ: q(θ) is a function of the image, or found from random θ."""
 
 MODELS: dict[str, Callable[..., SpatialMixture]] = {
     "owned Bernoulli": lambda shape=(3, 4, 1), K=3, proper=False: SpatialMixture(

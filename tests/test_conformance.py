@@ -1,9 +1,10 @@
 """What every strategy promises, on every kind of model (design: conformance)."""
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
-from cases import MODELS, ONE_START, PROPER, STRATEGIES, images, pair
+from cases import BY_SVI, MODELS, ONE_START, PROPER, STRATEGIES, images, pair
 from pyro.infer import SVI, TraceEnum_ELBO
 from pyro.optim import Adam
 
@@ -11,6 +12,8 @@ import pnem
 from pnem.data import ImageDataset
 from pnem.inference import ELBO, NEMLoss
 
+# Strategies that are to converge take a few steps only.
+pytestmark = pytest.mark.filterwarnings("ignore::pnem.inference.ConvergenceWarning")
 every_strategy = pytest.mark.parametrize("strategy_name", STRATEGIES)
 every_model = pytest.mark.parametrize("model_name", MODELS)
 
@@ -58,7 +61,7 @@ def assert_all_moved(before, *modules):
 def log_weight(model, state, x):
     """log p(x, θ) − log q(θ) of the image at a fresh draw from the state's q, z summed out: (B,)."""
     theta = state.q.rsample()
-    log_q = 0.0 if state.location is None else state.q.log_prob(theta)
+    log_q = 0.0 if isinstance(state.q, dist.Delta) else state.q.log_prob(theta)
     return model.log_evidence(x, theta) + model.log_prior(theta) - log_q
 
 
@@ -202,7 +205,7 @@ def test_permuting_the_initial_components_permutes_the_result(model_name, strate
     if model_name in ("plain Bernoulli", "owned Normal"):
         pytest.skip("learned mixing weights tell components apart")
     if strategy_name in ONE_START:
-        pytest.skip("the strategy tells components apart by their order")
+        pytest.skip("there are no initial components to permute")
     _, strategy = pair(model_name, strategy_name)
     x, gamma = images(3), torch.rand(3, 3, 12).softmax(1)
     order = [2, 0, 1]
@@ -217,6 +220,8 @@ def test_permuting_the_initial_components_permutes_the_result(model_name, strate
 
 @every_strategy
 def test_images_of_a_batch_do_not_touch_each_other(strategy_name, draw):
+    if strategy_name in BY_SVI:
+        pytest.skip("in a batch of another size it draws other numbers; see test_pyro_guide.py")
     _, strategy = pair("owned Bernoulli", strategy_name)
     x, given = images(3), start(strategy_name, 3)
     draw()
@@ -229,6 +234,8 @@ def test_images_of_a_batch_do_not_touch_each_other(strategy_name, draw):
 @every_model
 @every_strategy
 def test_single_precision_agrees_with_double(model_name, strategy_name, draw):
+    if strategy_name in BY_SVI:
+        pytest.skip("in another precision, or on another device, it draws other numbers")
     model, strategy = pair(model_name, strategy_name)
     x, given = images(3), start(strategy_name, 3)
     draw()
@@ -244,6 +251,8 @@ def test_single_precision_agrees_with_double(model_name, strategy_name, draw):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_agrees_with_cpu(strategy_name, draw):
+    if strategy_name in BY_SVI:
+        pytest.skip("in another precision, or on another device, it draws other numbers")
     model, strategy = pair("owned Bernoulli", strategy_name)
     x, given = images(3).double(), start(strategy_name, 3, torch.float64)
     model.double(), strategy.double()
@@ -262,6 +271,8 @@ def test_gpu_agrees_with_cpu(strategy_name, draw):
 @pytest.mark.slow
 def test_compiled_losses_and_gradients_equal_eager(strategy_name):
     """Traced whole and differentiated ahead of time; the code generator behind it is torch's own to test."""
+    if strategy_name in BY_SVI:
+        pytest.skip("Pyro's SVI cannot be traced")
     model, strategy = pair("owned Bernoulli", strategy_name)
     model.double(), strategy.double()
     objective = ELBO("ramp") if strategy_name in PROPER else NEMLoss("ramp")
