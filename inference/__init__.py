@@ -2,6 +2,7 @@
 
 from pnem.inference import encoders
 from pnem.inference.annealed_importance_sampling import annealed_importance_sampling
+from pnem.inference.chains import Chains, MixingWarning
 from pnem.inference.classical_em import ClassicalEM
 from pnem.inference.convergence import ConvergenceWarning, Fit
 from pnem.inference.estimates import Estimate
@@ -20,6 +21,7 @@ from pnem.inference.n_em import NEM
 from pnem.inference.noise import BitFlip, MaskedUniform, Noise
 from pnem.inference.normal_moments import NormalMoments
 from pnem.inference.normal_scale_mixtures import NormalScaleMixture
+from pnem.inference.nuts import NUTS
 from pnem.inference.objectives import ELBO, Losses, NEMLoss, Objective
 from pnem.inference.online_em import OnlineEM
 from pnem.inference.posterior import Posterior, State
@@ -33,9 +35,11 @@ from pnem.inference.variational import Normals, NormalStrategy
 __all__ = [
     "ELBO",
     "NEM",
+    "NUTS",
     "RNNEM",
     "VAE",
     "BitFlip",
+    "Chains",
     "ClassicalEM",
     "ConvergenceWarning",
     "Estimate",
@@ -47,6 +51,7 @@ __all__ = [
     "MStep",
     "MaskedUniform",
     "MatchMoments",
+    "MixingWarning",
     "NEMLoss",
     "Noise",
     "NormalMoments",

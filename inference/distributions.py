@@ -6,7 +6,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-__all__ = ["AsOneSite", "Concatenated", "OfAllComponents", "by_component"]
+from pnem.inference.errors import StrategyError
+
+__all__ = ["AsOneSite", "Concatenated", "Draws", "OfAllComponents", "by_component"]
 
 
 class Concatenated(dist.TorchDistribution):
@@ -104,6 +106,65 @@ class OfAllComponents(dist.TorchDistribution):
     @property
     def variance(self) -> Tensor:  # noqa: D102
         return self.flat.variance.unflatten(-1, self.shape_of_theta)
+
+
+class Draws(dist.TorchDistribution):
+    """Draws of θ (chains, draws, B, K, M), as a distribution with batch shape (B,) and event shape (K, M).
+
+    It samples any of the draws, for every image by itself, and has no density: `moment_matched` has.
+
+    Args:
+        draws: (chains, draws, B, K, M).
+
+    >>> q = Draws(torch.randn(4, 100, 5, 3, 2))
+    >>> q.sample((7,)).shape, q.moment_matched().log_prob(q.mean).shape
+    (torch.Size([7, 5, 3, 2]), torch.Size([5]))
+    """
+
+    arg_constraints: dict[str, object] = {}  # noqa: RUF012
+    support = dist.constraints.independent(dist.constraints.real, 2)
+    has_rsample = False
+
+    def __init__(self, draws: Tensor):
+        self.draws = draws
+        super().__init__(draws.shape[2:3], draws.shape[3:], validate_args=False)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:  # noqa: D102
+        every, (B,) = self.draws.flatten(0, 1), self.batch_shape
+        chosen = torch.randint(len(every), (*sample_shape, B), device=every.device)
+        return every[chosen, torch.arange(B, device=every.device)]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Raises `StrategyError`: draws have no density."""
+        raise StrategyError(
+            "draws of θ have no density: use q.moment_matched(), the normal with their mean and covariance"
+        )
+
+    @property
+    def mean(self) -> Tensor:  # noqa: D102
+        return self.draws.mean((0, 1))
+
+    @property
+    def variance(self) -> Tensor:  # noqa: D102
+        return self.draws.flatten(0, 1).var(0)
+
+    def moment_matched(self) -> OfAllComponents:
+        """The normal over K·M with the draws' mean and covariance.
+
+        Raises:
+            StrategyError: too few different draws for a covariance of full rank.
+        """
+        _, K, _ = self.draws.shape[2:]
+        every = self.draws.flatten(0, 1).flatten(-2)
+        centred = (every - every.mean(0)).transpose(0, 1)
+        covariance = centred.mT @ centred / (len(every) - 1)
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        if bool(failed.any()):
+            raise StrategyError(
+                f"{len(every)} draws of θ with K·M = {every.shape[-1]} have no covariance of full rank: take more draws"
+            )
+        normal = dist.MultivariateNormal(every.mean(0), scale_tril=factor, validate_args=False)
+        return OfAllComponents(normal, K)
 
 
 def by_component(q: dist.TorchDistribution) -> dist.TorchDistribution | None:

@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.distributions import constraints
 from pyro.distributions.util import detach
 from pyro.infer import autoguide
 from pyro.nn import PyroModule, PyroParam
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pnem.inference.distributions import Concatenated, OfAllComponents
 from pnem.inference.errors import StrategyError
+from pnem.inference.guide_sites import check_sites, sites_of
 from pnem.inference.svi import Climb, climb, collapsed, isolated, log_joint_of_theta
 from pnem.models import SpatialMixture
 
@@ -94,11 +93,11 @@ def fit_callable(
     guide = copy.deepcopy(guide) if isinstance(guide, nn.Module) else guide
     with isolated(model, x) as images:
         with pyro.validation_enabled(True):
-            _check_sites(guide, model, images)
+            check_sites(guide, model, images)
 
         def read() -> dist.TorchDistribution:
             with torch.no_grad():
-                return _sites(guide, images)["theta"]["fn"].to_event(1)
+                return sites_of(guide, images)["theta"]["fn"].to_event(1)
 
         found = climb(
             collapsed(model),
@@ -252,40 +251,3 @@ def _defaults_of(x: Tensor) -> Iterator[None]:
 def _extended(values: Tensor, length: int) -> Tensor:
     """Values (T, ...) to more windows, repeating the last."""
     return torch.cat([values, values[-1:].expand(length - len(values), *values.shape[1:])])
-
-
-def _sites(guide: Callable[[Tensor], Any], x: Tensor) -> dict[str, Any]:
-    nodes = poutine.trace(guide).get_trace(x).nodes
-    return {name: site for name, site in nodes.items() if site["type"] == "sample" and not site_is_subsample(site)}
-
-
-def _check_sites(guide: Callable[[Tensor], Any], model: SpatialMixture, x: Tensor) -> None:
-    B, K, M = len(x), model.num_components, model.latent_features
-    expected = (
-        f'a guide for this model samples one site, "theta", of shape (B, K, M) = {(B, K, M)} with event dim 1, in '
-        f'plates "images" (size {B}, dim -2) and "components" (size {K}, dim -1)'
-    )
-    remedy = (
-        'write it as `with pyro.plate("images", len(x), dim=-2), pyro.plate("components", K, dim=-1): '
-        'pyro.sample("theta", q.to_event(1))`'
-    )
-    try:
-        sites = _sites(guide, x)
-    except ValueError as error:
-        raise StrategyError(f"{expected}, but this one fails: {error}; {remedy}") from error
-    found = {
-        name: (
-            tuple(site["value"].shape),
-            site["fn"].event_dim,
-            {(frame.name, frame.size, frame.dim) for frame in site["cond_indep_stack"] if frame.vectorized},
-        )
-        for name, site in sites.items()
-    }
-    if found == {"theta": ((B, K, M), 1, {("images", B, -2), ("components", K, -1)})}:
-        return
-    described = "; ".join(
-        f'"{name}" of shape {shape} with event dim {event_dim} in '
-        + (", ".join(f'"{plate}" (size {size}, dim {dim})' for plate, size, dim in sorted(plates)) or "no plate")
-        for name, (shape, event_dim, plates) in found.items()
-    )
-    raise StrategyError(f"{expected}, but this one samples {described or 'nothing'}: {remedy}")

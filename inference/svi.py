@@ -171,7 +171,8 @@ def climb(
         waited = torch.where(active & better, 0.0, waited + active)
         trace.append(torch.where(active, value, trace[-1]) if trace else value)
         if watch is not None:
-            now = watch()
+            # It may be a view of the parameters, which the next step changes.
+            now = watch().detach().clone()
             seen = active.reshape(-1, *[1] * (now.dim() - 1))
             snapshots.append(torch.where(seen, now, snapshots[-1]) if snapshots else now)
         if bool((waited >= PATIENCE).all()):

@@ -19,7 +19,7 @@ from pnem.callbacks import BestCheckpoint, History, Patience, ProgressBar, SafeC
 from pnem.data import ImageDataset
 from pnem.devices import PRECISIONS, forked_rng, resolve_device
 from pnem.errors import DataError, RunError
-from pnem.inference import ELBO, ClassicalEM, Objective, Strategy
+from pnem.inference import ELBO, NUTS, ClassicalEM, Objective, Strategy
 from pnem.loading import Splits, batches, open_splits
 from pnem.models import SpatialMixture
 from pnem.run import Run
@@ -68,6 +68,11 @@ def fit(
         raise RunError("the strategy was built on another model than the one given to fit: build it on this one")
     if isinstance(strategy, ClassicalEM):
         raise RunError("classical EM trains nothing by gradients: strategy.fit(x) or strategy.infer(x) fits the items")
+    if isinstance(strategy, NUTS):
+        raise RunError(
+            "NUTS trains nothing: train the model with another strategy, VAE or PyroGuide say, and then give the "
+            "images to NUTS(model).infer(x)"
+        )
     if not any(parameter.requires_grad for part in (model, strategy) for parameter in part.parameters()):
         raise RunError(
             "neither the model nor the strategy has a parameter, so there is nothing to train: "

@@ -164,6 +164,9 @@ def test_images_of_a_batch_do_not_touch_each_other(name):
     torch.testing.assert_close(first.theta[0], second.theta[0])
     torch.testing.assert_close(first.elbo_trace[:-1, 0], second.elbo_trace[:-1, 0])
     assert not torch.equal(first.theta[1:], second.theta[1:])
+    # Two windows, each with its own mean of q.
+    assert first.trace.theta.shape == (2, 3, 2, 2)
+    assert not torch.isclose(first.trace.theta[0], first.trace.theta[1]).any()
 
 
 @pytest.mark.slow
@@ -281,6 +284,13 @@ def test_a_module_as_a_guide_stays_as_it_was():
     assert torch.equal(posteriors[0].theta, posteriors[1].theta)
     untrained = guide.linear(x.squeeze(-1)).reshape(3, 2, 2)
     assert not torch.allclose(posteriors[0].theta, untrained)
+
+
+def test_the_trace_of_a_guide_of_ones_own_is_kept(short_windows):
+    model = mixture()
+    posterior = strategy_for(model, "callable", steps=60).infer(images(3, (2, 2, 1)))
+    assert posterior.trace.theta.shape == (3, 3, 2, 2)
+    assert not torch.isclose(posterior.trace.theta[:-1], posterior.trace.theta[1:]).any()
 
 
 def guide_of(name="theta", event_dim=1, plates=("images", "components"), shape=(3, 2, 2)):
