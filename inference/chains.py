@@ -1,5 +1,6 @@
 """Markov chains of θ: whether they mixed, and their components matched."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -71,9 +72,16 @@ def rank_normalised_r_hat(draws: Tensor) -> Tensor:
 
 
 def bulk_effective_sample_size(draws: Tensor) -> Tensor:
-    """The effective sample size of the rank-normalised halves of chains (chains, draws, ...): (...)."""
+    """The effective sample size of the rank-normalised halves of chains (chains, draws, ...): (...).
+
+    At most S log₁₀ S of S draws, as Stan has it: the autocorrelations of draws that alternate around the mean sum to
+    nearly nothing, or by their noise to less.
+    """
     half = draws.shape[1] // 2
-    return stats.effective_sample_size(_normal_scores(torch.cat([draws[:, :half], draws[:, -half:]])))
+    halves = torch.cat([draws[:, :half], draws[:, -half:]])
+    total = halves.shape[0] * half
+    time = total / stats.effective_sample_size(_normal_scores(halves))
+    return total / time.clamp_min(1 / math.log10(total))
 
 
 def _normal_scores(draws: Tensor) -> Tensor:

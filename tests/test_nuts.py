@@ -1,5 +1,7 @@
 """NUTS: exact posteriors within Monte Carlo error, components matched, and warnings where chains have not mixed."""
 
+import math
+
 import pyro
 import pytest
 import torch
@@ -113,6 +115,11 @@ def test_r_hat_and_effective_sample_size_of_known_chains():
         chains.append(0.8 * chains[-1] + 0.6 * torch.randn(4))
     correlated = torch.stack(chains[1:], 1)
     assert bulk_effective_sample_size(correlated).item() == pytest.approx(16000 / 9, rel=0.2)
+    # Draws that alternate around the mean are worth more than they are many.
+    chains = [torch.randn(4)]
+    for _ in range(400):
+        chains.append(-0.9 * chains[-1] + 0.19**0.5 * torch.randn(4))
+    assert 5000 < bulk_effective_sample_size(torch.stack(chains[1:], 1)).item() <= 1600 * math.log10(1600) + 1e-6
     apart = independent + torch.tensor([0.0, 0.0, 0.0, 1.0]).reshape(4, 1, 1)
     assert bool((rank_normalised_r_hat(apart) > 1.05).all())
     # Chains of one mean and other widths, and those that Cauchy's tails would hide.
