@@ -122,6 +122,11 @@ class NUTS(Strategy):
         size = bulk_effective_sample_size(draws)
         return Chains(draws, rank_normalised_r_hat(draws), size, sum(count for _, count in runs), log_density)
 
+    def check_infer(self, restarts: int, iterations: int, gamma: Tensor | None) -> None:
+        """See `Strategy.check_infer`: chains start where they do, and a strategy has `warmup` and `draws`."""
+        if restarts != 1 or iterations != 1 or gamma is not None:
+            raise StrategyError("NUTS draws chains from starts of its own: leave restarts, iterations and gamma out")
+
     def infer(
         self,
         x: Tensor,
@@ -147,8 +152,7 @@ class NUTS(Strategy):
         Warns:
             MixingWarning: some R̂ > 1.01, an effective sample size below 100 per chain, or divergences.
         """
-        if restarts != 1 or iterations not in (None, 1) or gamma is not None:
-            raise StrategyError("NUTS draws chains from starts of its own: leave restarts, iterations and gamma out")
+        self.check_infer(restarts, self.iterations if iterations is None else iterations, gamma)
         if keep_trace:
             raise StrategyError("NUTS keeps no states: leave keep_trace out; strategy.sample(x) gives its draws")
         found = self.sample(x)

@@ -124,6 +124,16 @@ class PyroGuide(Strategy):
     def settle(self, state: State, x: Tensor) -> State:  # noqa: D102
         return self.evaluate(state, mean_of(state.q), x)
 
+    def check_infer(self, restarts: int, iterations: int, gamma: Tensor | None) -> None:
+        """See `Strategy.check_infer`: fits of the guide are its restarts, and it has no iterations or γ."""
+        if iterations != 1:
+            raise StrategyError("a guide is optimised to convergence: give PyroGuide(..., steps=...), not iterations")
+        if gamma is not None:
+            raise StrategyError("a guide does not start from responsibilities: leave gamma out")
+        check_starts(restarts, 1, given=False)
+        if restarts > 1 and not isinstance(self.guide, str):
+            raise StrategyError("a guide of one's own says itself where it starts: leave restarts at 1")
+
     def infer(
         self,
         x: Tensor,
@@ -155,20 +165,16 @@ class PyroGuide(Strategy):
         Warns:
             ConvergenceWarning: some image's ELBO was still rising after the last step.
         """
-        if iterations not in (None, 1):
-            raise StrategyError("a guide is optimised to convergence: give PyroGuide(..., steps=...), not iterations")
-        check_starts(restarts, 1, given=False)
-        if restarts > 1 and not isinstance(self.guide, str):
-            raise StrategyError("a guide of one's own says itself where it starts: leave restarts at 1")
+        self.check_infer(restarts, self.iterations if iterations is None else iterations, gamma)
         self.model.check(x)
         with torch.no_grad():
             repeated = x.repeat(restarts, 1, 1)
             fitted = self._fit(repeated, keep_means=keep_trace)
             if restarts > 1:
-                merit = self.merit(self._state(self.init(repeated, gamma), fitted), repeated)
+                merit = self.merit(self._state(self.init(repeated), fitted), repeated)
                 best = merit.reshape(restarts, -1).argmax(0) * len(x) + torch.arange(len(x), device=x.device)
                 fitted = fitted.select(best)
-            state = self._state(self.init(x, gamma), fitted)
+            state = self._state(self.init(x), fitted)
             trace, converged, means = fitted.climb
             elbo = torch.cat([trace[:-1], self.merit(state, x).unsqueeze(0)])
             state = self.settle(state, x)
