@@ -12,7 +12,7 @@ from pnem.inference.proposals import proposal
 
 PROPER_STRATEGIES = {
     **{name: STRATEGIES[name] for name in sorted(PROPER)},
-    "nuts": lambda model: NUTS(model, chains=2, warmup=10, draws=40),
+    "nuts": lambda model: NUTS(model, chains=2, warmup=10, draws=40, max_tree_depth=3),
 }
 
 every_model = pytest.mark.parametrize("model_name", MODELS)
