@@ -97,7 +97,8 @@ def fit_callable(
 
         def read() -> dist.TorchDistribution:
             with torch.no_grad():
-                return sites_of(guide, images)["theta"]["fn"].to_event(1)
+                q = sites_of(guide, images)["theta"]["fn"]
+                return dist.Delta(q.v, event_dim=2) if isinstance(q, dist.Delta) else q.to_event(1)
 
         found = climb(
             collapsed(model),
@@ -111,6 +112,10 @@ def fit_callable(
         )
         # The guide may hold its parameters beyond this fit.
         q = copy.deepcopy(detach(read()))
+    if isinstance(q, dist.Delta):
+        return Fitted(found, q.v)
+    if isinstance(q, dist.Independent) and isinstance(q.base_dist, dist.Normal):
+        return Fitted(found, q.mean, q.stddev)
     return Fitted(found, distribution=q)
 
 

@@ -12,7 +12,14 @@ from pyro.infer import TraceEnum_ELBO, autoguide
 from torch import nn
 
 from pnem.errors import ModelError, StrategyError
-from pnem.inference import ClassicalEM, ConvergenceWarning, PyroGuide, svi
+from pnem.inference import (
+    ClassicalEM,
+    ConvergenceWarning,
+    PyroGuide,
+    SemiAmortised,
+    importance_weighted_bound,
+    svi,
+)
 from pnem.models import Bernoulli, DiagonalNormal, MixtureOfNormals, Poisson, SpatialMixture, decoders
 from pnem.models.config import build, describe
 
@@ -284,6 +291,26 @@ def test_a_module_as_a_guide_stays_as_it_was():
     assert torch.equal(posteriors[0].theta, posteriors[1].theta)
     untrained = guide.linear(x.squeeze(-1)).reshape(3, 2, 2)
     assert not torch.allclose(posteriors[0].theta, untrained)
+
+
+@pytest.mark.parametrize("kind", ["delta", "normal"])
+def test_a_simple_guide_of_ones_own_is_what_it_says(kind):
+    """A Delta is no density to weight by, and both can be refined."""
+
+    def delta(x):
+        location = pyro.param("location", lambda: torch.zeros(len(x), 2, 2))
+        with pyro.plate("images", len(x), dim=-2), pyro.plate("components", 2, dim=-1):
+            pyro.sample("theta", dist.Delta(location, event_dim=1))
+
+    model, x = mixture(), images(3, (2, 2, 1))
+    strategy = PyroGuide(model, {"delta": delta, "normal": own(2, 2)}[kind], steps=10)
+    posterior = strategy.infer(x)
+    if kind == "delta":
+        assert isinstance(posterior.q, dist.Delta)
+        with pytest.raises(StrategyError, match="give width"):
+            importance_weighted_bound(model, strategy, x, posterior=posterior)
+    refined = SemiAmortised(strategy, steps=3).infer(x)
+    assert type(refined.q) is type(posterior.q)
 
 
 def test_the_trace_of_a_guide_of_ones_own_is_kept(short_windows):
