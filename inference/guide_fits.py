@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pnem.inference.distributions import Concatenated, OfAllComponents
 from pnem.inference.errors import StrategyError
 from pnem.inference.guide_sites import check_sites, sites_of
+from pnem.inference.posterior import extended
 from pnem.inference.svi import Climb, climb, collapsed, isolated, log_joint_of_theta
 from pnem.models import SpatialMixture
 
@@ -73,10 +74,10 @@ def fit_auto(name: str, model: SpatialMixture, x: Tensor, options: Options, *, k
         return _fit_auto(name, model, x, options, keep_means)
     fits = [_fit_auto(name, model, x[b : b + 1], options, keep_means) for b in range(len(x))]
     longest = max(len(fit.climb.elbo_trace) for fit in fits)
-    trace = torch.cat([_extended(fit.climb.elbo_trace, longest) for fit in fits], 1)
+    trace = torch.cat([extended(fit.climb.elbo_trace, longest) for fit in fits], 1)
     snapshots: list[Tensor] = []
     if keep_means:
-        snapshots = list(torch.cat([_extended(torch.stack(fit.climb.snapshots), longest) for fit in fits], 1))
+        snapshots = list(torch.cat([extended(torch.stack(fit.climb.snapshots), longest) for fit in fits], 1))
     whole = Climb(trace, torch.cat([fit.climb.converged for fit in fits]), snapshots)
     return Fitted(whole, distribution=Concatenated([fit.distribution for fit in fits if fit.distribution is not None]))
 
@@ -251,8 +252,3 @@ def _defaults_of(x: Tensor) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
-
-
-def _extended(values: Tensor, length: int) -> Tensor:
-    """Values (T, ...) to more windows, repeating the last."""
-    return torch.cat([values, values[-1:].expand(length - len(values), *values.shape[1:])])

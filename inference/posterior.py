@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pnem.inference.distributions import Concatenated
 
-__all__ = ["Posterior", "State"]
+__all__ = ["Posterior", "State", "extended"]
 
 
 class State(NamedTuple):
@@ -113,12 +113,25 @@ class Posterior(NamedTuple):
 
     @classmethod
     def concatenate(cls, posteriors: Sequence["Posterior"]) -> "Posterior":
-        """One posterior over the images of several, in their order."""
+        """One posterior over the images of several, in their order.
+
+        Of those that took fewer iterations the last one is repeated. The trace is kept where all have one.
+        """
+        T = max(len(p.elbo_trace) for p in posteriors)
+
+        def joined(values: Sequence[Tensor]) -> Tensor:
+            return torch.cat([extended(value, T) for value in values], 1)
+
         traces = [p.trace for p in posteriors if p.trace is not None]
-        trace = State.combine(lambda values: torch.cat(values, 1), traces) if traces else None
+        trace = State.combine(joined, traces) if len(traces) == len(posteriors) else None
         theta, psi, mean, gamma, log_evidence, log_mixing = (
             torch.cat(values) for values in zip(*(p[:6] for p in posteriors), strict=True)
         )
-        elbo_trace = torch.cat([p.elbo_trace for p in posteriors], 1)
+        elbo_trace = joined([p.elbo_trace for p in posteriors])
         q = Concatenated([p.q for p in posteriors])
         return cls(theta, psi, mean, gamma, log_evidence, log_mixing, elbo_trace, trace, q)
+
+
+def extended(values: Tensor, length: int) -> Tensor:
+    """Values (T, ...) to more iterations, repeating the last."""
+    return torch.cat([values, values[-1:].expand(length - len(values), *values.shape[1:])])

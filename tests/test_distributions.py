@@ -6,7 +6,7 @@ import torch
 from cases import factors, images, pair
 from pyro import poutine
 
-from pnem.inference import VAE, ClassicalEM, Posterior, encoders
+from pnem.inference import RNNEM, VAE, ClassicalEM, Posterior, encoders
 from pnem.inference.distributions import AsOneSite, Concatenated, by_component
 from pnem.models import Bernoulli, SpatialMixture, decoders
 
@@ -100,3 +100,14 @@ def test_posteriors_of_batches_become_one():
     torch.testing.assert_close(one.theta, together.theta)
     torch.testing.assert_close(one.q.mean, together.q.mean)
     assert one.trace.scale.shape == (1, 5, 2, 2)
+
+
+def test_posteriors_of_batches_that_took_other_numbers_of_iterations_become_one():
+    model = SpatialMixture(decoders.Linear(2, (3, 4, 1)), Bernoulli(), 2)
+    strategy, x = RNNEM(model), images(5)
+    few, many = strategy.infer(x[:2], iterations=2), strategy.infer(x[2:], iterations=4)
+    one = Posterior.concatenate([few, many])
+    torch.testing.assert_close(one.elbo_trace[1:, :2], few.elbo_trace[-1].expand(3, 2))
+    torch.testing.assert_close(one.trace.theta[:, 2:], many.trace.theta)
+    torch.testing.assert_close(one.trace.theta[-1], one.theta)
+    assert Posterior.concatenate([few, many._replace(trace=None)]).trace is None
