@@ -13,7 +13,7 @@ from pnem.inference.convergence import ConvergenceWarning
 from pnem.inference.errors import StrategyError
 from pnem.inference.guide_fits import AUTO_GUIDES, Fitted, Options, fit_auto, fit_callable, mean_of
 from pnem.inference.posterior import Posterior, State
-from pnem.inference.strategy import Strategy, check_starts, require_pixels, require_proper_prior
+from pnem.inference.strategy import Strategy, best_starts, check_starts, require_pixels, require_proper_prior
 from pnem.models import SpatialMixture
 
 __all__ = ["PyroGuide"]
@@ -172,8 +172,7 @@ class PyroGuide(Strategy):
             fitted = self._fit(repeated, keep_means=keep_trace)
             if restarts > 1:
                 merit = self.merit(self._state(self.init(repeated), fitted), repeated)
-                best = merit.reshape(restarts, -1).argmax(0) * len(x) + torch.arange(len(x), device=x.device)
-                fitted = fitted.select(best)
+                fitted = fitted.select(best_starts(merit, restarts))
             state = self._state(self.init(x), fitted)
             trace, converged, means = fitted.climb
             elbo = torch.cat([trace[:-1], self.merit(state, x).unsqueeze(0)])

@@ -15,7 +15,7 @@ from pnem.inference.posterior import Posterior, State
 from pnem.models import Configured, SpatialMixture
 from pnem.models.parameters import register_parameters
 
-__all__ = ["Strategy", "check_starts", "require_pixels", "require_proper_prior"]
+__all__ = ["Strategy", "best_starts", "check_starts", "require_pixels", "require_proper_prior"]
 
 # The original code adds this to p(x_i | ψ) in its E-step.
 GREFF_FLOOR = 1e-6
@@ -244,12 +244,21 @@ class Strategy(Configured, nn.Module, ABC):
             self.train(was_training)
         elbo = torch.stack(elbos)
         if restarts > 1:
-            best = merit.reshape(restarts, -1).argmax(0) * len(x) + torch.arange(len(x), device=x.device)
+            best = best_starts(merit, restarts)
             states = [state.map(lambda value: value[best]) for state in states]
             elbo = elbo[:, best]
         with torch.no_grad():
             states = [self.settle(state, x) for state in states]
         return Posterior.from_states(states, elbo, keep_trace=keep_trace)
+
+
+def best_starts(merit: Tensor, restarts: int) -> Tensor:
+    """Of R starts of B images, as one batch (R·B,), those of highest merit: their indices (B,).
+
+    A merit that is NaN is the lowest.
+    """
+    best = merit.where(~merit.isnan(), -torch.inf).reshape(restarts, -1).argmax(0)
+    return best * len(best) + torch.arange(len(best), device=best.device)
 
 
 def require_pixels(model: SpatialMixture, name: str) -> None:

@@ -1,11 +1,14 @@
 """What each method promises beyond conformance: its own equations."""
 
+import math
+
 import pytest
 import torch
 from cases import MODELS, images
 
 from pnem.errors import StrategyError
 from pnem.inference import ELBO, NEM, RNNEM, BitFlip, MaskedUniform, NEMLoss, State, encoders
+from pnem.inference.strategy import best_starts
 from pnem.models import Bernoulli, Normal, SpatialMixture, decoders
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -262,3 +265,9 @@ def test_what_cannot_work_is_refused(name):
     model = MODELS["plain Bernoulli"]()
     with pytest.raises(StrategyError, match=message):
         action(model)
+
+
+def test_a_start_that_ends_in_nan_is_not_the_best():
+    merit = torch.tensor([[1.0, math.nan, 3.0], [math.nan, -5.0, 4.0], [2.0, -6.0, math.nan]])
+    assert best_starts(merit.flatten(), 3).tolist() == [6, 4, 5]
+    assert best_starts(torch.full((4,), math.nan), 2).tolist() == [0, 1]
