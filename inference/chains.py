@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from pyro.ops import stats
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import rankdata
 from torch import Tensor
 
 __all__ = ["Chains", "MixingWarning", "bulk_effective_sample_size", "match_components", "rank_normalised_r_hat"]
@@ -85,6 +86,7 @@ def bulk_effective_sample_size(draws: Tensor) -> Tensor:
 
 
 def _normal_scores(draws: Tensor) -> Tensor:
-    flat = draws.flatten(0, 1).double()
-    ranks = flat.argsort(0).argsort(0) + 1
+    flat = draws.flatten(0, 1)
+    # Draws that are the same, where a chain stood still, share a rank.
+    ranks = torch.from_numpy(rankdata(flat.cpu().numpy(), axis=0)).to(draws.device)
     return torch.special.ndtri((ranks - 0.375) / (len(flat) + 0.25)).reshape(draws.shape)

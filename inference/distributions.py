@@ -159,7 +159,8 @@ class Draws(dist.TorchDistribution):
         centred = (every - every.mean(0)).transpose(0, 1)
         covariance = centred.mT @ centred / (len(every) - 1)
         factor, failed = torch.linalg.cholesky_ex(covariance)
-        if bool(failed.any()):
+        # Without full rank, rounding can leave a pivot above zero.
+        if len(every) <= every.shape[-1] or bool(failed.any()):
             raise StrategyError(
                 f"{len(every)} draws of θ with K·M = {every.shape[-1]} have no covariance of full rank: take more draws"
             )

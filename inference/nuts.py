@@ -99,7 +99,7 @@ class NUTS(Strategy):
 
         Raises:
             ModelError: `x` does not fit the model.
-            StrategyError: more than `max_dimensions`.
+            StrategyError: more than `max_dimensions`, or a log p(x, θ) that is not finite where a chain starts.
         """
         model = self.model
         model.check(x)
@@ -147,7 +147,7 @@ class NUTS(Strategy):
 
         Raises:
             ModelError: `x` does not fit the model.
-            StrategyError: as `sample`, fewer draws than dimensions of an image's θ, or one of the others was given.
+            StrategyError: as `sample`, no more draws than an image's θ has dimensions, or one of the others was given.
 
         Warns:
             MixingWarning: some R̂ > 1.01, an effective sample size below 100 per chain, or divergences.
@@ -191,6 +191,11 @@ class NUTS(Strategy):
             potential_fn=potential, target_accept_prob=self.target_accept, max_tree_depth=self.max_tree_depth
         )
         start = torch.randn(shape, dtype=x.dtype, device=x.device)
+        if not bool(potential({"theta": start}).isfinite()):
+            raise StrategyError(
+                "log p(x, θ) is not finite at a draw of N(0, I), from which the chain would start: check that the "
+                "images are on the scale of the model's, and its parameters finite"
+            )
         chain = mcmc.MCMC(
             kernel,
             num_samples=self.draws,

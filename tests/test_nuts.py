@@ -130,6 +130,16 @@ def test_r_hat_and_effective_sample_size_of_known_chains():
     )
 
 
+def test_draws_that_are_the_same_have_the_same_rank():
+    coarse = torch.randn(4, 500, 3).round()
+    # Whatever order the same values come in, within a half of a chain, R̂ is the same.
+    shuffled = torch.cat([half[:, torch.randperm(250)] for half in coarse.split(250, 1)], 1)
+    torch.testing.assert_close(rank_normalised_r_hat(shuffled), rank_normalised_r_hat(coarse))
+    still = torch.ones(4, 100, 1)
+    assert bool(rank_normalised_r_hat(still).isnan())
+    assert bool(bulk_effective_sample_size(still).isnan())
+
+
 def test_draws_as_a_distribution():
     draws = torch.randn(3, 40, 5, 2, 2) + torch.arange(5.0).reshape(5, 1, 1)
     q = Draws(draws)
@@ -148,6 +158,9 @@ def test_draws_as_a_distribution():
         q.log_prob(draws[0, 0])
     with pytest.raises(StrategyError, match=r"4 draws of θ with K·M = 4 have no covariance.*more draws"):
         Draws(draws[:1, :4]).moment_matched()
+    for b in range(5):
+        with pytest.raises(StrategyError, match="no covariance of full rank"):
+            Draws(draws[:1, :4, b : b + 1]).moment_matched()
 
 
 @pytest.mark.parametrize("model", ["bernoulli", "constant"])
@@ -226,3 +239,6 @@ def test_what_it_cannot_do_is_refused():
     data = {name: ImageDataset(x.float().reshape(1, 3, 2, 2, 1).numpy()) for name in ("training", "validation")}
     with pytest.raises(RunError, match=r"NUTS trains nothing.*NUTS\(model\).infer"):
         pnem.fit(model, strategy, data)
+    far = SpatialMixture(decoders.Linear(2, (2, 2, 1)), Normal(1.0), 1, prior="standard_normal").float()
+    with pytest.raises(StrategyError, match=r"not finite at a draw of N\(0, I\).*check that the images"):
+        NUTS(far).infer(torch.full((2, 4, 1), 1e25, dtype=torch.float32))
