@@ -14,8 +14,9 @@ from pnem.inference.estimates import Estimate, check_counts, log_mean_weight
 from pnem.inference.hmc import Point
 from pnem.inference.posterior import Posterior
 from pnem.inference.progress import Progress
-from pnem.inference.proposals import log_density, prior_of_images, proposal
+from pnem.inference.proposals import prior_of_images, proposal
 from pnem.inference.strategy import Strategy, require_proper_prior
+from pnem.inference.svi import log_joint_of_theta
 from pnem.models import SpatialMixture
 
 __all__ = ["annealed_importance_sampling", "inverse_temperatures"]
@@ -154,7 +155,7 @@ class _Path:
         """The point at θ under f_β, and log p(x, θ) − log q(θ) there, (S, B)."""
         with torch.enable_grad():
             theta = theta.detach().requires_grad_()
-            log_q, log_p = self.q.log_prob(theta), log_density(self.model, self.x, theta)
+            log_q, log_p = self.q.log_prob(theta), log_joint_of_theta(self.model, self.x, theta)
             log_density_of_path = (1 - beta) * log_q + beta * log_p
             (gradient,) = torch.autograd.grad(log_density_of_path.sum(), theta)
         return Point(theta.detach(), log_density_of_path.detach(), gradient), (log_p.double() - log_q.double()).detach()

@@ -18,7 +18,7 @@ from pnem.inference.distributions import Concatenated, OfAllComponents
 from pnem.inference.errors import StrategyError
 from pnem.inference.guide_sites import check_sites, sites_of
 from pnem.inference.posterior import extended
-from pnem.inference.svi import Climb, climb, collapsed, isolated, log_joint_of_theta
+from pnem.inference.svi import Climb, climb, collapsed, curvature, isolated
 from pnem.models import SpatialMixture
 
 __all__ = ["AUTO_GUIDES", "Fitted", "Options", "fit_auto", "fit_callable", "mean_of"]
@@ -167,16 +167,7 @@ def laplace_approximation(model: SpatialMixture, x: Tensor, theta: Tensor) -> Of
     Raises:
         StrategyError: a Hessian that is not negative definite.
     """
-
-    def potential(flat: Tensor, image: Tensor) -> Tensor:
-        return -log_joint_of_theta(model, image, flat.unflatten(-1, (model.num_components, -1)))
-
-    hessians = [
-        torch.func.jacrev(torch.func.jacrev(potential))(flat, image)
-        for flat, image in zip(theta.flatten(1), x, strict=True)
-    ]
-    precision = torch.stack(hessians).detach()
-    factor, failed = torch.linalg.cholesky_ex(precision)
+    factor, failed = torch.linalg.cholesky_ex(curvature(model, x, theta))
     if bool(failed.any()):
         raise StrategyError(
             f"in {int((failed > 0).sum())} of {len(x)} images AutoLaplaceApproximation did not end at a mode: "

@@ -12,8 +12,9 @@ from pnem.inference.errors import StrategyError
 from pnem.inference.estimates import Estimate, check_counts, log_mean_weight
 from pnem.inference.factor_analysis import posterior_of_factors
 from pnem.inference.posterior import Posterior
-from pnem.inference.proposals import log_density, prior_of_images, proposal
+from pnem.inference.proposals import prior_of_images, proposal
 from pnem.inference.strategy import Strategy, require_proper_prior
+from pnem.inference.svi import log_joint_of_theta
 from pnem.models import DiagonalNormal, Normal, SpatialMixture, decoders
 
 __all__ = [
@@ -134,7 +135,7 @@ def _log_weights(
     """log p(x, θ_l) − log q(θ_l), chunk by chunk: (n, B)."""
     for first in range(0, samples, chunk):
         theta = q.sample(torch.Size([min(chunk, samples - first)]))
-        yield log_density(model, x, theta).double() - q.log_prob(theta).double()
+        yield log_joint_of_theta(model, x, theta).double() - q.log_prob(theta).double()
 
 
 def _importance_weighted(

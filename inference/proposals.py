@@ -7,13 +7,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pnem.inference.distributions import Concatenated
+from pnem.inference.distributions import Concatenated, OfAllComponents
 from pnem.inference.errors import StrategyError
 from pnem.inference.posterior import Posterior
 from pnem.inference.strategy import Strategy, require_proper_prior
+from pnem.inference.svi import curvature
 from pnem.models import SpatialMixture
 
-__all__ = ["MomentMatched", "laplace", "log_density", "prior_of_images", "proposal"]
+__all__ = ["MomentMatched", "laplace", "prior_of_images", "proposal"]
 
 # Above so many dimensions K·M a Laplace width is that of each dimension by itself.
 LARGEST_COVARIANCE = 512
@@ -25,11 +26,6 @@ class MomentMatched(Protocol):
 
     def moment_matched(self) -> dist.TorchDistribution:
         """A distribution with a density, batch shape (B,) and event shape (K, M)."""
-
-
-def log_density(model: SpatialMixture, x: Tensor, theta: Tensor) -> Tensor:
-    """log p(x, θ), z summed out, in nats: x (B, D, C), theta (..., B, K, M) -> (..., B)."""
-    return model.log_joint_at(x, model.decode(theta)).logsumexp(-2).sum(-1) + model.log_prior(theta)
 
 
 def prior_of_images(model: SpatialMixture, count: int) -> dist.TorchDistribution:
@@ -123,17 +119,10 @@ def laplace(model: SpatialMixture, x: Tensor, theta: Tensor) -> dist.TorchDistri
     Raises:
         StrategyError: the Hessian is not finite.
     """
-    shape, flat = theta.shape, theta.detach().flatten(1)
-    dimensions = flat.shape[1]
-    gradient = torch.func.grad(lambda flat: -log_density(model, x, flat.view(shape)).sum())
-    _, pull_back, *_ = torch.func.vjp(gradient, flat)
-    deviation = model.prior_distribution().variance.detach().sqrt().repeat(shape[-2]).double()
-    full = dimensions <= LARGEST_COVARIANCE
-    columns = []
-    for j, direction in enumerate(torch.eye(dimensions, dtype=flat.dtype, device=flat.device)):
-        column = pull_back(direction.expand_as(flat))[0].detach()
-        columns.append(column if full else column[:, j])
-    hessian = torch.stack(columns, -1).double()
+    flat, K = theta.detach().flatten(1), theta.shape[-2]
+    deviation = model.prior_distribution().variance.detach().sqrt().repeat(K).double()
+    full = flat.shape[1] <= LARGEST_COVARIANCE
+    hessian = curvature(model, x, theta, diagonal=not full).double()
     if not bool(hessian.isfinite().all()):
         raise StrategyError(
             "the Hessian of log p(x, θ) is not finite at this q(θ), which has no Laplace width then: give a number as "
@@ -141,12 +130,11 @@ def laplace(model: SpatialMixture, x: Tensor, theta: Tensor) -> dist.TorchDistri
         )
     if not full:
         scale = deviation / (hessian * deviation.square()).clamp_min(1).sqrt()
-        return dist.Normal(theta.detach(), scale.to(theta).view(shape), validate_args=False).to_event(2)
+        return dist.Normal(theta.detach(), scale.to(theta).view(theta.shape), validate_args=False).to_event(2)
     # In units of the prior's standard deviations.
     hessian = deviation.unsqueeze(-1) * (0.5 * (hessian + hessian.mT)) * deviation
     precision, axes = torch.linalg.eigh(hessian)
     root = deviation.unsqueeze(-1) * axes * precision.clamp_min(1).rsqrt().unsqueeze(-2)
     lower = torch.linalg.cholesky(root @ root.mT).to(flat)
     normal = dist.MultivariateNormal(flat, scale_tril=lower, validate_args=False)
-    reshape = torch.distributions.transforms.ReshapeTransform(flat.shape[1:], shape[1:])
-    return dist.TransformedDistribution(normal, [reshape], validate_args=False)
+    return OfAllComponents(normal, K)

@@ -16,7 +16,7 @@ from torch import Tensor
 from pnem.inference.errors import StrategyError
 from pnem.models import SpatialMixture
 
-__all__ = ["Climb", "climb", "collapsed", "isolated", "log_joint_of_theta"]
+__all__ = ["Climb", "climb", "collapsed", "curvature", "isolated", "log_joint_of_theta"]
 
 # Converged after so many windows of so many steps without improvement (Cremer, Li & Duvenaud 2018).
 PATIENCE = 10
@@ -66,6 +66,21 @@ class PerImageELBO(Trace_ELBO):
 def log_joint_of_theta(model: SpatialMixture, x: Tensor, theta: Tensor) -> Tensor:
     """log p(x, θ) in nats per image, z summed out: x (B, D, C), θ (..., B, K, M) -> (..., B)."""
     return model.log_joint_at(x, model.decode(theta)).logsumexp(-2).sum(-1) + model.log_prior(theta)
+
+
+def curvature(model: SpatialMixture, x: Tensor, theta: Tensor, *, diagonal: bool = False) -> Tensor:
+    """−∂² log p(x, θ) / ∂θ² at θ (B, K, M), over an image's K·M dimensions: (B, K·M, K·M), or its diagonal (B, K·M).
+
+    K·M products of the Hessian with a vector.
+    """
+    flat = theta.detach().flatten(1)
+    gradient = torch.func.grad(lambda flat: -log_joint_of_theta(model, x, flat.view(theta.shape)).sum())
+    _, pull_back, *_ = torch.func.vjp(gradient, flat)
+    columns = []
+    for j, direction in enumerate(torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)):
+        column = pull_back(direction.expand_as(flat))[0].detach()
+        columns.append(column[:, j] if diagonal else column)
+    return torch.stack(columns, -1)
 
 
 def collapsed(model: SpatialMixture) -> Callable[[Tensor], None]:

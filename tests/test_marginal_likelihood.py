@@ -23,7 +23,8 @@ from pnem.inference import (
     prior_monte_carlo,
 )
 from pnem.inference.estimates import log_mean_weight
-from pnem.inference.proposals import laplace, log_density, proposal
+from pnem.inference.proposals import laplace, proposal
+from pnem.inference.svi import log_joint_of_theta
 from pnem.models import Bernoulli, DiagonalNormal, MixtureOfNormals, Normal, SpatialMixture, decoders
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -166,7 +167,7 @@ def test_laplace_width_is_the_inverse_hessian_and_never_wider_than_the_prior():
     for b in range(30):
 
         def minus(flat: Tensor, b: int = b) -> Tensor:
-            return -log_density(model, x[b : b + 1], flat.view(1, 2, 2)).sum()
+            return -log_joint_of_theta(model, x[b : b + 1], flat.view(1, 2, 2)).sum()
 
         hessian = torch.autograd.functional.hessian(minus, theta[b].flatten())
         precision = deviation[:, None] * hessian * deviation
@@ -199,7 +200,7 @@ def tiny() -> tuple[SpatialMixture, Tensor, Tensor]:
     line = torch.linspace(-10, 10, 401)
     grid = torch.cartesian_prod(line, line).view(-1, 1, 2, 1)
     with torch.no_grad():
-        log_p = log_density(model, x, grid).logsumexp(0) + 2 * math.log(20 / 400)
+        log_p = log_joint_of_theta(model, x, grid).logsumexp(0) + 2 * math.log(20 / 400)
     return model, x, log_p
 
 
