@@ -18,9 +18,6 @@ from pnem.models import SpatialMixture
 
 __all__ = ["PyroGuide"]
 
-# For what is reported, and for the choice among starts.
-DRAWS = 100
-
 
 class PyroGuide(Strategy):
     r"""Variational inference without amortisation: the q(θ) of every image is optimised by itself, by Pyro's SVI.
@@ -62,6 +59,9 @@ class PyroGuide(Strategy):
     >>> posterior.q.stddev.shape, posterior.elbo_trace.shape[1]
     (torch.Size([3, 2, 2]), 3)
     """
+
+    # For what is reported as well.
+    merit_draws = 100
 
     def __init__(
         self,
@@ -108,18 +108,8 @@ class PyroGuide(Strategy):
     def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102
         return self.improve(state, x_in).theta
 
-    def elbo(self, state: State) -> Tensor:  # noqa: D102
-        if state.distribution is None:
-            return super().elbo(state)
-        log_prior, log_q = self.model.log_prior(state.theta), state.distribution.log_prob(state.theta)
-        return state.log_evidence + log_prior - log_q + self._log_mixing_prior(state)
-
-    def merit(self, state: State, x: Tensor) -> Tensor:
-        """The mean of the ELBO over draws: (B,)."""
-        total = torch.zeros_like(state.theta[:, 0, 0])
-        for _ in range(DRAWS):
-            total = total + self.elbo(self.evaluate(state, state.q.sample(), x))
-        return total / DRAWS
+    def merit(self, state: State, x: Tensor) -> Tensor:  # noqa: D102
+        return super().merit(self.evaluate(state, state.theta, x), x)
 
     def settle(self, state: State, x: Tensor) -> State:  # noqa: D102
         return self.evaluate(state, mean_of(state.q), x)

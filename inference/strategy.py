@@ -19,8 +19,6 @@ __all__ = ["Strategy", "best_starts", "check_starts", "require_pixels", "require
 
 # The original code adds this to p(x_i | ψ) in its E-step.
 GREFF_FLOOR = 1e-6
-# By which the best of several starts is chosen.
-MERIT_DRAWS = 10
 
 
 class Strategy(Configured, nn.Module, ABC):
@@ -43,6 +41,8 @@ class Strategy(Configured, nn.Module, ABC):
     """
 
     model: SpatialMixture
+    # Of θ, by which the best of several starts is chosen.
+    merit_draws = 10
 
     def __init__(
         self,
@@ -164,9 +164,11 @@ class Strategy(Configured, nn.Module, ABC):
 
     def divergence(self, state: State) -> Tensor:
         """KL(q(θ) ‖ p(θ)), or log q(θ) − log p(θ) at the state's θ; for a Delta −log p(θ): (B,) nats per image."""
-        if state.location is None or state.scale is None:
-            return -self.model.log_prior(state.theta)
-        divergence = self.model.prior_divergence(state.location, state.scale)
+        divergence = None
+        if state.distribution is None:
+            if state.location is None or state.scale is None:
+                return -self.model.log_prior(state.theta)
+            divergence = self.model.prior_divergence(state.location, state.scale)
         if divergence is None:
             divergence = state.q.log_prob(state.theta) - self.model.log_prior(state.theta)
         return divergence
@@ -182,9 +184,9 @@ class Strategy(Configured, nn.Module, ABC):
 
         Where q(θ) is a distribution, its mean over draws of its own, so that the trace is not selected for.
         """
-        if state.location is None:
+        if state.location is None and state.distribution is None:
             return self.elbo(state)
-        elbos = [self.elbo(self.evaluate(state, state.q.sample(), x)) for _ in range(MERIT_DRAWS)]
+        elbos = [self.elbo(self.evaluate(state, state.q.sample(), x)) for _ in range(self.merit_draws)]
         return torch.stack(elbos).mean(0)
 
     def settle(self, state: State, x: Tensor) -> State:

@@ -231,6 +231,22 @@ def test_the_best_of_several_starts_is_kept(name):
     torch.testing.assert_close(mean, several.theta, rtol=0, atol=0.15)
 
 
+def test_the_divergence_is_that_of_q():
+    """At a draw where q is neither a Delta nor a product of normals; and a mode needs no draws."""
+    model, x = mixture(), images(3, (2, 2, 1))
+    strategy = strategy_for(model, "AutoMultivariateNormal")
+    state = strategy.unroll(x)[-1]
+    expected = state.q.log_prob(state.theta) - model.log_prior(state.theta)
+    torch.testing.assert_close(strategy.divergence(state), expected)
+    decoded = []
+    model.decoder.register_forward_hook(lambda *_: decoded.append(1))
+    strategy = strategy_for(model, "AutoDelta")
+    state = strategy.unroll(x)[-1]
+    decoded.clear()
+    torch.testing.assert_close(strategy.merit(state, x), strategy.elbo(state))
+    assert len(decoded) == 1
+
+
 def test_more_starts_find_better_modes():
     x = images(20, (2, 3, 1))
     model = mixture(K=3, shape=(2, 3, 1), prior="flat")
