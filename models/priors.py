@@ -51,8 +51,8 @@ class LatentPrior(Prior):
 
     def __init__(self, features: int):
         super().__init__()
-        if features < 1:
-            raise ModelError(f"a prior on θ needs at least one feature, but was given {features}")
+        if not isinstance(features, int) or features < 1:
+            raise ModelError(f"features must be at least 1, and whole, but is {features!r}")
         self.features = features
 
     def check(self, decoder: Decoder, likelihood: Likelihood) -> None:  # noqa: D102
@@ -100,8 +100,8 @@ class MixtureOfNormals(LatentPrior):
 
     def __init__(self, features: int, num_components: int = 10):
         super().__init__(features)
-        if num_components < 1:
-            raise ModelError(f"num_components must be at least 1, but is {num_components}")
+        if not isinstance(num_components, int) or num_components < 1:
+            raise ModelError(f"num_components must be at least 1, and whole, but is {num_components!r}")
         self.location = nn.Parameter(torch.randn(num_components, features))
         self.log_scale = nn.Parameter(torch.zeros(num_components, features))
         self.logits = nn.Parameter(torch.zeros(num_components))

@@ -117,7 +117,9 @@ def test_proper_priors_are_those_to_draw_from():
     ("make", "message"),
     [
         (lambda: model_with(DiagonalNormal(4)), "of 4 features, but the decoder takes 5"),
-        (lambda: DiagonalNormal(0), "at least one feature"),
+        (lambda: DiagonalNormal(0), "features must be at least 1"),
+        (lambda: DiagonalNormal(2.5), "features must be at least 1, and whole"),
+        (lambda: MixtureOfNormals(5, 2.5), "num_components must be at least 1, and whole"),
         (lambda: MixtureOfNormals(5, 0), "num_components must be at least 1"),
         (lambda: model_with("laplace"), "or a Prior, but is 'laplace'"),
     ],
