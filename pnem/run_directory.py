@@ -150,7 +150,7 @@ def reserve(directory: str | Path, settings: Settings) -> Path:
         raise RunError(f"cannot create {directory}: {error}") from error
     try:
         settings.write(directory)
-    except RunError:
+    except BaseException:
         discard_unfinished(directory)
         raise
     return directory

@@ -16,7 +16,7 @@ from pnem.data import ImageDataset
 from pnem.errors import DataError, DeviceError, PnemError, RunError
 from pnem.inference import ELBO, NEM, RNNEM, BitFlip, NEMLoss
 from pnem.models import Bernoulli, Normal, SpatialMixture, decoders
-from pnem.settings import TrainingSettings
+from pnem.settings import Settings, TrainingSettings
 from pnem.training_module import TrainingModule
 
 
@@ -101,6 +101,16 @@ def test_an_interruption_in_the_first_epoch_keeps_nothing_and_says_so(tmp_path):
     assert not (tmp_path / "run").exists()
     with pytest.raises(KeyboardInterrupt, match="out="):
         train(data=interrupted(5))
+
+
+def test_an_interruption_while_the_run_directory_is_made_leaves_none(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Settings, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_interruption_works_as_the_first():
