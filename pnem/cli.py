@@ -89,6 +89,10 @@ RestartsOption = Annotated[
     int, typer.Option(help="Starts per image; the one with the best ELBO is kept. (A vae has one.)")
 ]
 IterationsOption = Annotated[int | None, typer.Option(help="T at inference; the default is that of training.")]
+PRESET_HELP = (
+    "A recipe: rnn-em, quick-rnn-em or greff2017-static-rnn-em; n-em or greff2017-static-n-em; iodine-static-shapes; "
+    "vae-mnist. The default is the strategy's best one."
+)
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile an iteration: a slow start, faster steps.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
@@ -98,7 +102,7 @@ def train(
     data: DataArgument,
     strategy: Annotated[str, typer.Option(help="rnn-em, n-em, vae or iterative-vi.")],
     out: Annotated[Path, typer.Option(help="The run directory to write.")],
-    preset: Annotated[str | None, typer.Option(help="A recipe; the default is the strategy's best one.")] = None,
+    preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
     components: Annotated[int | None, typer.Option(help="K.")] = None,
     iterations: Annotated[int | None, typer.Option(help="T, E- and M-steps per image.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import pnem
 from pnem.cli import app
 from pnem.data import ImageDataset, write_hdf5
-from pnem.presets import STRATEGIES, find_preset
+from pnem.presets import PRESETS, STRATEGIES, find_preset
 from pnem.scores import Scores
 
 TRAINING = ["--components", "3", "--iterations", "2", "--epochs", "1", "--batch-size", "8", "--device", "cpu"]
@@ -171,11 +171,13 @@ def test_requests_that_do_not_fit_a_strategy_are_one_message(run, vae, data, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_the_default_preset_is_the_strategys_own_and_help_names_all_strategies():
+def test_the_default_preset_is_the_strategys_own_and_help_names_all_strategies_and_presets():
     output = " ".join(call("train", "--help").replace("│", "").split())
     for strategy in STRATEGIES:
         assert find_preset(strategy).strategy == strategy
         assert strategy in output
+    for preset in PRESETS:
+        assert preset in output
     assert find_preset("vae") is find_preset("vae", "vae-mnist")
     assert find_preset("rnn-em") is find_preset("rnn-em", "rnn-em")
 
