@@ -153,12 +153,15 @@ class _Path:
 
     def evaluate(self, theta: Tensor, beta: float) -> tuple[Point, Tensor]:
         """The point at θ under f_β, and log p(x, θ) − log q(θ) there, (S, B)."""
-        with torch.enable_grad():
-            theta = theta.detach().requires_grad_()
+
+        # As autograd's functions do not, this works in inference mode too.
+        def density(theta: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             log_q, log_p = self.q.log_prob(theta), log_joint_of_theta(self.model, self.x, theta)
-            log_density_of_path = (1 - beta) * log_q + beta * log_p
-            (gradient,) = torch.autograd.grad(log_density_of_path.sum(), theta)
-        return Point(theta.detach(), log_density_of_path.detach(), gradient), (log_p.double() - log_q.double()).detach()
+            log_density = (1 - beta) * log_q + beta * log_p
+            return log_density.sum(), (log_density, log_p.double() - log_q.double())
+
+        gradient, (log_density, difference) = torch.func.grad(density, has_aux=True)(theta)
+        return Point(theta, log_density, gradient), difference
 
     def move(self, point: Point, beta: float, step_size: Tensor) -> tuple[Point, Tensor]:
         """One transition under f_β with steps of about `step_size` (B,), and its probability of acceptance (S, B)."""

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import MODELS, PROPER, images, pair
+from cases import MODELS, PROPER, factors, images, pair
 from test_marginal_likelihood import assert_agree, delta, exact, linear_gaussian, short_trained, tiny, width_of
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from pnem.errors import ModelError, StrategyError
 from pnem.inference import (
     VAE,
     GradientEM,
+    PyroGuide,
     annealed_importance_sampling,
     encoders,
     evidence_lower_bound,
@@ -182,6 +183,7 @@ def test_it_agrees_with_an_integral_over_a_grid():
 
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("strategy_name", sorted(PROPER))
+@pytest.mark.filterwarnings("ignore::pnem.inference.ConvergenceWarning")
 def test_the_elbo_is_below_the_importance_weighted_bound_and_that_below_annealing(model_name, strategy_name):
     model, strategy = pair(model_name, strategy_name)
     x = images(4)
@@ -262,3 +264,19 @@ def test_what_cannot_be_estimated_is_refused_with_the_remedy():
         annealed_importance_sampling(model, pair("owned Bernoulli", "vae")[1], x)
     with pytest.raises(ModelError, match="NaN or infinite"):
         annealed_importance_sampling(model, None, x.masked_fill(x > 0, math.nan))
+
+
+@pytest.mark.parametrize("guide", ["AutoMultivariateNormal", pytest.param("AutoIAFNormal", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore::pnem.inference.ConvergenceWarning")
+def test_inference_mode_changes_nothing(guide):
+    model = factors()
+    strategy, x = PyroGuide(model, guide, steps=10), torch.randn(2, 1, 6)
+    estimates = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        torch.manual_seed(0)
+        with mode():
+            posterior = strategy.infer(x)
+            estimates.append(
+                annealed_importance_sampling(model, strategy, x, chains=3, temperatures=4, posterior=posterior)
+            )
+    torch.testing.assert_close(estimates[1].log_marginal, estimates[0].log_marginal)
