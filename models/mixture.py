@@ -239,6 +239,8 @@ class SpatialMixture(Configured, nn.Module):
         With `missing`, NaN stands for a missing value; a pixel must have at least one that is there. Images are the
         ones that mixing weights per image were fitted to, but with `new`.
         """
+        if not isinstance(x, Tensor):
+            raise ModelError(f"x must be a tensor, but is of type {type(x).__name__}: give torch.as_tensor(x).float()")
         D, C = self.num_pixels, self.num_channels
         if x.dim() < 3 or x.shape[-1] != C or D not in (None, x.shape[-2]):
             H, W, _ = self.decoder.image_shape

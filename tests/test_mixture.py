@@ -228,3 +228,9 @@ def test_another_models_parameters_in_pyros_store_are_noticed():
 def test_the_prior_keeps_the_precision_of_theta(prior):
     model = SpatialMixture(decoders.Linear(3, (2, 2, 1)), Bernoulli(), 2, prior=prior).float()
     assert model.log_prior(torch.zeros(1, 2, 3, dtype=torch.float32)).dtype == torch.float32
+
+
+def test_images_that_are_no_tensor_are_refused():
+    model = SpatialMixture(decoders.MLP(2, (3, 4, 1)), Bernoulli(), 2)
+    with pytest.raises(ModelError, match=r"type ndarray: give torch\.as_tensor"):
+        model.check(torch.zeros(5, 12, 1).numpy())
