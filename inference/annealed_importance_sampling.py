@@ -15,7 +15,7 @@ from pnem.inference.hmc import Point
 from pnem.inference.posterior import Posterior
 from pnem.inference.progress import Progress
 from pnem.inference.proposals import prior_of_images, proposal
-from pnem.inference.strategy import Strategy, require_proper_prior
+from pnem.inference.strategy import Strategy, require_images, require_proper_prior
 from pnem.inference.svi import log_joint_of_theta
 from pnem.models import SpatialMixture
 
@@ -134,6 +134,7 @@ def _initial(
         )
     require_proper_prior(model, "an estimate of log p(x)")
     model.check(x)
+    require_images(x)
     return prior_of_images(model, len(x))
 
 

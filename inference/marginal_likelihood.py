@@ -13,7 +13,7 @@ from pnem.inference.estimates import Estimate, check_counts, log_mean_weight
 from pnem.inference.factor_analysis import posterior_of_factors
 from pnem.inference.posterior import Posterior
 from pnem.inference.proposals import prior_of_images, proposal
-from pnem.inference.strategy import Strategy, require_proper_prior
+from pnem.inference.strategy import Strategy, require_images, require_proper_prior
 from pnem.inference.svi import log_joint_of_theta
 from pnem.models import DiagonalNormal, Normal, SpatialMixture, decoders
 
@@ -126,6 +126,7 @@ def prior_monte_carlo(model: SpatialMixture, x: Tensor, *, samples: int = 500, c
     check_counts(samples=samples, chunk=chunk)
     require_proper_prior(model, "an estimate of log p(x)")
     model.check(x)
+    require_images(x)
     return _importance_weighted(model, prior_of_images(model, len(x)), x, samples, chunk)
 
 

@@ -17,7 +17,7 @@ from pnem.inference.chains import (
 from pnem.inference.distributions import Draws
 from pnem.inference.errors import StrategyError
 from pnem.inference.posterior import Posterior, State
-from pnem.inference.strategy import Strategy, require_proper_prior
+from pnem.inference.strategy import Strategy, require_images, require_proper_prior
 from pnem.inference.svi import isolated, log_joint_of_theta
 from pnem.models import SpatialMixture
 
@@ -103,6 +103,7 @@ class NUTS(Strategy):
         """
         model = self.model
         model.check(x)
+        require_images(x)
         shape = (len(x), model.num_components, model.latent_features)
         dimensions = shape[0] * shape[1] * shape[2]
         if dimensions > self.max_dimensions:

@@ -10,7 +10,7 @@ from torch import Tensor
 from pnem.inference.distributions import Concatenated, OfAllComponents
 from pnem.inference.errors import StrategyError
 from pnem.inference.posterior import Posterior
-from pnem.inference.strategy import Strategy, require_proper_prior
+from pnem.inference.strategy import Strategy, require_images, require_proper_prior
 from pnem.inference.svi import curvature
 from pnem.models import SpatialMixture
 
@@ -63,6 +63,7 @@ def proposal(
         )
     _check_width(width)
     model.check(x)
+    require_images(x)
     q = (strategy.infer(x, keep_trace=False) if posterior is None else posterior).q
     shape = torch.Size([len(x), model.num_components, model.latent_features])
     if q.batch_shape + q.event_shape != shape:

@@ -13,7 +13,14 @@ from pnem.inference.convergence import ConvergenceWarning
 from pnem.inference.errors import StrategyError
 from pnem.inference.guide_fits import AUTO_GUIDES, Fitted, Options, fit_auto, fit_callable, mean_of
 from pnem.inference.posterior import Posterior, State
-from pnem.inference.strategy import Strategy, best_starts, check_starts, require_pixels, require_proper_prior
+from pnem.inference.strategy import (
+    Strategy,
+    best_starts,
+    check_starts,
+    require_images,
+    require_pixels,
+    require_proper_prior,
+)
 from pnem.models import SpatialMixture
 
 __all__ = ["PyroGuide"]
@@ -157,6 +164,7 @@ class PyroGuide(Strategy):
         """
         self.check_infer(restarts, self.iterations if iterations is None else iterations, gamma)
         self.model.check(x)
+        require_images(x)
         with torch.no_grad():
             repeated = x.repeat(restarts, 1, 1)
             fitted = self._fit(repeated, keep_means=keep_trace)

@@ -15,7 +15,7 @@ from pnem.inference.posterior import Posterior, State
 from pnem.models import Configured, SpatialMixture
 from pnem.models.parameters import register_parameters
 
-__all__ = ["Strategy", "best_starts", "check_starts", "require_pixels", "require_proper_prior"]
+__all__ = ["Strategy", "best_starts", "check_starts", "require_images", "require_pixels", "require_proper_prior"]
 
 # The original code adds this to p(x_i | ψ) in its E-step.
 GREFF_FLOOR = 1e-6
@@ -79,7 +79,8 @@ class Strategy(Configured, nn.Module, ABC):
         """
         batch, K, D = len(x), self.model.num_components, x.shape[-2]
         if gamma is None:
-            gamma = x.new_empty(batch, K, D).normal_().abs_()
+            # A draw can be 0, which with one component would be divided by itself.
+            gamma = x.new_empty(batch, K, D).normal_().abs_().clamp_min_(torch.finfo(x.dtype).tiny)
             gamma = gamma / gamma.sum(-2, keepdim=True)
         elif gamma.shape != (batch, K, D):
             raise StrategyError(f"gamma has shape {tuple(gamma.shape)}, but this needs (B, K, D) = {(batch, K, D)}")
@@ -228,6 +229,7 @@ class Strategy(Configured, nn.Module, ABC):
         """
         iterations = self.iterations if iterations is None else iterations
         self.model.check(x)
+        require_images(x)
         self.check_infer(restarts, iterations, gamma)
         was_training = self.training
         self.eval()
@@ -267,6 +269,12 @@ def require_pixels(model: SpatialMixture, name: str) -> None:
     """Raises `StrategyError` where the model's decoder is constant, for which EM has a closed form."""
     if model.num_pixels is None:
         raise StrategyError(f"{name} needs a decoder of images, not {type(model.decoder).__name__}: use ClassicalEM")
+
+
+def require_images(x: Tensor) -> None:
+    """Raises `StrategyError` where there is no image."""
+    if not len(x):
+        raise StrategyError(f"x has shape {tuple(x.shape)}: give at least one image")
 
 
 def require_proper_prior(model: SpatialMixture, name: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from cases import MODELS, PROPER, STRATEGIES, images
 from pyro.infer import TraceEnum_ELBO
 
+from pnem.errors import StrategyError
 from pnem.inference import NUTS, ConvergenceWarning, MixingWarning, evidence_lower_bound
 from pnem.inference.proposals import proposal
 
@@ -89,3 +90,11 @@ def test_its_elbo_is_an_estimate_of_the_mean_log_weight(strategy_name):
     estimate = evidence_lower_bound(model, strategy, x, samples=1000, chunk=100, posterior=posterior)
     spread = estimate.monte_carlo_error * 1000**0.5
     assert bool(((posterior.elbo_trace[-1] - estimate.log_marginal).abs() < 5 * spread).all())
+
+
+@every_strategy
+def test_no_images_are_refused(strategy_name):
+    model, strategy = pair("owned Normal", strategy_name)
+    for call in (strategy.infer, lambda x: evidence_lower_bound(model, strategy, x)):
+        with pytest.raises(StrategyError, match="at least one image"):
+            call(images(0))

@@ -271,3 +271,10 @@ def test_a_start_that_ends_in_nan_is_not_the_best():
     merit = torch.tensor([[1.0, math.nan, 3.0], [math.nan, -5.0, 4.0], [2.0, -6.0, math.nan]])
     assert best_starts(merit.flatten(), 3).tolist() == [6, 4, 5]
     assert best_starts(torch.full((4,), math.nan), 2).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_random_gamma_are_responsibilities_even_where_every_draw_is_zero(K, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "normal_", torch.Tensor.zero_)
+    gamma = RNNEM(MODELS["owned Bernoulli"](K=K)).init(images(2)).gamma
+    torch.testing.assert_close(gamma.sum(1), torch.ones(2, 12))
