@@ -11,7 +11,7 @@ from pnem.inference.errors import StrategyError
 from pnem.models.config import Configured
 from pnem.models.networks import activation, flat_call, mlp
 
-__all__ = ["MLP", "Convolutional", "Encoder", "Identity"]
+__all__ = ["MLP", "Convolutional", "Encoder", "Identity", "check_encoder"]
 
 
 class Encoder(Configured, nn.Module, ABC):
@@ -128,3 +128,14 @@ def _convolution(width_in: int, width_out: int, kernel: int, name: str, *, layer
     padding = nn.ZeroPad2d(((kernel - 2) // 2, (kernel - 1) // 2) * 2)
     norm = nn.GroupNorm(1, width_out) if layer_norm else nn.Identity()
     return nn.Sequential(padding, nn.Conv2d(width_in, width_out, kernel, stride=2), norm, activation(name))
+
+
+def check_encoder(encoder: Encoder, image_shape: tuple[int, int, int]) -> None:
+    """Raises `StrategyError` unless it is an encoder of images of that shape."""
+    if not isinstance(encoder, Encoder):
+        raise StrategyError(
+            f"encoder must be one of pnem.inference.encoders, or a subclass of its Encoder, but is a "
+            f"{type(encoder).__name__}"
+        )
+    if encoder.image_shape != image_shape:
+        raise StrategyError(f"the encoder is for images of shape {encoder.image_shape}, the model for {image_shape}")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pnem.inference.encoders import Encoder, Identity
+from pnem.inference.encoders import Encoder, Identity, check_encoder
 from pnem.inference.errors import StrategyError
 from pnem.inference.noise import Noise
 from pnem.inference.posterior import State
@@ -56,10 +56,7 @@ class RecurrentStrategy(Strategy):
         H, W, _ = model.decoder.image_shape
         image_shape = H, W, model.num_channels
         self.encoder = Identity(image_shape) if encoder is None else encoder
-        if self.encoder.image_shape != image_shape:
-            raise StrategyError(
-                f"the encoder is for images of shape {self.encoder.image_shape}, the model for {image_shape}"
-            )
+        check_encoder(self.encoder, image_shape)
         self.cell = CELLS[recurrence](self.encoder.out_features + vector_features, features, layer_norm=layer_norm)
 
     def recur(self, state: State, x_in: Tensor, memory: Tensor, *vectors: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pnem.inference.encoders import MLP, Encoder
+from pnem.inference.encoders import MLP, Encoder, check_encoder
 from pnem.inference.errors import StrategyError
 from pnem.inference.noise import Noise
 from pnem.inference.posterior import State
@@ -41,10 +41,7 @@ class VAE(NormalStrategy):
         H, W, _ = model.decoder.image_shape
         image_shape = H, W, model.num_channels
         self.encoder = MLP(image_shape) if encoder is None else encoder
-        if self.encoder.image_shape != image_shape:
-            raise StrategyError(
-                f"the encoder is for images of shape {self.encoder.image_shape}, the model for {image_shape}"
-            )
+        check_encoder(self.encoder, image_shape)
         self.head = nn.Linear(self.encoder.out_features, 2 * model.num_components * model.latent_features)
 
     def find_q(self, state: State, x_in: Tensor) -> Normals:  # noqa: D102

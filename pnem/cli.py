@@ -88,6 +88,15 @@ LimitOption = Annotated[int | None, typer.Option(help="Use only the first so man
 RestartsOption = Annotated[
     int, typer.Option(help="Starts per image; the one with the best ELBO is kept. (A vae has one.)")
 ]
+InferWithOption = Annotated[
+    str | None,
+    typer.Option(
+        "--strategy",
+        help="Infer with another strategy than the run's: semi-amortised (which refines it), gradient-em, auto-delta, "
+        "auto-normal, auto-multivariate-normal, auto-laplace, auto-iaf-normal or nuts.",
+    ),
+]
+BatchOption = Annotated[int, typer.Option("--batch-size", help="Images at once.", min=1)]
 IterationsOption = Annotated[int | None, typer.Option(help="T at inference; the default is that of training.")]
 PRESET_HELP = (
     "A recipe: rnn-em, quick-rnn-em or greff2017-static-rnn-em; n-em or greff2017-static-n-em; iodine-static-shapes; "
@@ -157,6 +166,7 @@ def train(
 def evaluate(
     run: RunArgument,
     data: DataArgument,
+    strategy: InferWithOption = None,
     split: SplitOption = "test",
     limit: LimitOption = None,
     restarts: RestartsOption = 1,
@@ -164,6 +174,7 @@ def evaluate(
     importance_samples: Annotated[
         int | None, typer.Option(help="Also estimate log p(x), with so many draws from q(θ) for each image.")
     ] = None,
+    batch_size: BatchOption = 100,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores to this file.")] = None,
@@ -172,6 +183,8 @@ def evaluate(
 
     Strategies whose q(θ) is a distribution, such as vae, also have an ELBO, and log p(x) by importance weighting.
 
+    `--strategy` infers in the same model with another strategy, unamortised: slow, so give a `--limit`.
+
     Example: `pnem evaluate runs/rnn-em shapes.h5 --limit 1000 --restarts 8`
     """
     from pnem.files import write_atomically
@@ -179,17 +192,19 @@ def evaluate(
 
     if json_file is not None and json_file.exists():
         raise RunError(f"{json_file} exists already: choose another name")
-    scores = load(run, device=device).evaluate(
+    fitted = load(run, device=device)
+    scores = (fitted if strategy is None else fitted.using(strategy)).evaluate(
         data,
         split=split,
         limit=limit,
         restarts=restarts,
         iterations=iterations,
         importance_samples=importance_samples,
+        batch_size=batch_size,
         seed=seed,
         progress=True,
     )
-    title = f"{run} on {scores.images} {split} images"
+    title = f"{run}{'' if strategy is None else f' by {strategy}'} on {scores.images} {split} images"
     table = Table(title=title, caption="all but AMI and ARI in nats per image")
     table.add_column("score")
     table.add_column("mean", justify="right")
@@ -208,10 +223,12 @@ def infer(
     run: RunArgument,
     data: DataArgument,
     out: Annotated[Path, typer.Option(help="The HDF5 file to write; it must not exist.")],
+    strategy: InferWithOption = None,
     split: SplitOption = "test",
     limit: LimitOption = None,
     restarts: RestartsOption = 1,
     iterations: IterationsOption = None,
+    batch_size: BatchOption = 100,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
 ) -> None:
@@ -225,14 +242,16 @@ def infer(
     from pnem.predictions import write_predictions
     from pnem.run import load
 
+    fitted = load(run, device=device)
     count = write_predictions(
-        load(run, device=device),
+        fitted if strategy is None else fitted.using(strategy),
         data,
         out,
         split=split,
         limit=limit,
         restarts=restarts,
         iterations=iterations,
+        batch_size=batch_size,
         seed=seed,
         progress=True,
     )

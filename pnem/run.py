@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from pnem.alternatives import find_alternative
 from pnem.data import Batch, ImageDataset
 from pnem.data.arrays import check_whole
 from pnem.devices import forked_rng, resolve_device
@@ -20,7 +21,7 @@ from pnem.files import write_atomically
 from pnem.inference import Posterior, Strategy, importance_weighted_bound
 from pnem.loading import batches, check_images, open_split
 from pnem.models import Bernoulli, SpatialMixture
-from pnem.models.config import build
+from pnem.models.config import build, describe
 from pnem.run_directory import RunFiles, load_weights, read_history, reserve, save_weights
 from pnem.scores import Scores, score
 from pnem.settings import Settings
@@ -62,15 +63,38 @@ class Run:
         self.strategy.to(target)
         return self
 
+    def using(self, strategy: Strategy | str) -> "Run":
+        """This run with another strategy for its model, in memory: the same numbers, inferred in another way.
+
+        Args:
+            strategy: one built on this run's model; or by name one that needs no training: ``"semi-amortised"``, which
+                refines this run's own, ``"gradient-em"``, ``"auto-delta"``, ``"auto-normal"``,
+                ``"auto-multivariate-normal"``, ``"auto-laplace"``, ``"auto-iaf-normal"`` or ``"nuts"``.
+
+        Raises:
+            StrategyError: an unknown name, or a strategy that cannot serve this model.
+            RunError: a strategy of another model.
+            ModelError: it has a part that cannot be described, such as a guide of one's own.
+        """
+        if isinstance(strategy, str):
+            strategy = find_alternative(strategy, self.strategy)
+        if strategy.model is not self.model:
+            raise RunError("the strategy was built on another model than the run's: build it on run.model")
+        settings = replace(self.settings, strategy=describe(strategy))
+        strategy = strategy.to(self.device, self.model.mixing_logits.dtype).eval()
+        return replace(self, strategy=strategy, settings=settings, directory=None)
+
     def infer(
         self,
         x: Tensor | np.ndarray,
         *,
         restarts: int = 1,
         iterations: int | None = None,
-        keep_trace: bool = True,
+        keep_trace: bool | None = None,
     ) -> Posterior:
         """The posterior for images `x`, (B, D, C) or (B, H, W, C), in one batch; see `Strategy.infer`.
+
+        A trace is kept where the strategy has one, unless `keep_trace` says otherwise.
 
         Raises:
             ModelError: the images do not fit the model.
@@ -80,7 +104,8 @@ class Run:
         if images.dim() == 4 and tuple(images.shape[1:]) == self.settings.image_shape:
             images = images.flatten(1, 2)
         images = self._ours(images)
-        return self.strategy.infer(images, restarts=restarts, iterations=iterations, keep_trace=keep_trace)
+        options = {} if keep_trace is None else {"keep_trace": keep_trace}
+        return self.strategy.infer(images, restarts=restarts, iterations=iterations, **options)
 
     def _ours(self, images: Tensor) -> Tensor:
         return images.to(self.device, self.model.mixing_logits.dtype)

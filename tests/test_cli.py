@@ -159,6 +159,16 @@ def test_inference_by_a_vae_writes_its_normals(vae, data, tmp_path):
     torch.testing.assert_close(run.model.likelihood.mean(run.model.decode(theta)).flatten(), psi.flatten())
 
 
+def test_a_run_is_scored_and_inferred_with_another_strategy(vae, data, tmp_path):
+    out = tmp_path / "refined.h5"
+    options = ["--strategy", "semi-amortised", "--limit", 5, "--batch-size", 3, "--device", "cpu"]
+    assert "by semi-amortised on 5 test images" in " ".join(call("evaluate", vae, data, *options).split())
+    call("infer", vae, data, "--out", out, *options)
+    with h5py.File(out) as file:
+        assert file["theta_scale"].shape[0] == 5
+    assert "choose one of semi-amortised" in call("evaluate", vae, data, "--strategy", "hmc", code=1)
+
+
 def test_requests_that_do_not_fit_a_strategy_are_one_message(run, vae, data, tmp_path):
     out = tmp_path / "out"
     for command in (["evaluate", vae, data], ["infer", vae, data, "--out", out]):

@@ -175,6 +175,7 @@ def test_stock_svi_raises_the_elbo_too():
             lambda: VAE(textbook()[0], encoder=encoders.MLP((4, 4, 1))),
             r"images of shape \(4, 4, 1\), the model for \(3, 4, 1\)",
         ),
+        (lambda: VAE(textbook()[0], encoder=torch.nn.Linear(12, 9)), "pnem.inference.encoders.*but is a Linear"),
         (
             lambda: VAE(SpatialMixture(decoders.Constant(1), Bernoulli(), 2, prior="standard_normal")),
             "needs a decoder of images, not Constant",
