@@ -134,7 +134,7 @@ def _initial(
         )
     require_proper_prior(model, "an estimate of log p(x)")
     model.check(x)
-    require_images(x)
+    require_images(model, x)
     return prior_of_images(model, len(x))
 
 

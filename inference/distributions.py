@@ -30,6 +30,9 @@ class Concatenated(dist.TorchDistribution):
         batch = sum(part.batch_shape[0] for part in self.parts)
         super().__init__(torch.Size([batch]), self.parts[0].event_shape, validate_args=False)
 
+    def __repr__(self) -> str:
+        return f"Concatenated({self.parts})"
+
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:  # noqa: D102
         return torch.cat([part.sample(torch.Size(sample_shape)) for part in self.parts], -3)
 
@@ -90,6 +93,9 @@ class OfAllComponents(dist.TorchDistribution):
         self.has_rsample = flat.has_rsample
         super().__init__(flat.batch_shape, torch.Size(self.shape_of_theta), validate_args=False)
 
+    def __repr__(self) -> str:
+        return f"OfAllComponents({self.flat}, num_components={self.shape_of_theta[0]})"
+
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:  # noqa: D102
         return self.flat.sample(torch.Size(sample_shape)).unflatten(-1, self.shape_of_theta)
 
@@ -128,6 +134,9 @@ class Draws(dist.TorchDistribution):
     def __init__(self, draws: Tensor):
         self.draws = draws
         super().__init__(draws.shape[2:3], draws.shape[3:], validate_args=False)
+
+    def __repr__(self) -> str:
+        return f"Draws(draws: {tuple(self.draws.shape)})"
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:  # noqa: D102
         every, (B,) = self.draws.flatten(0, 1), self.batch_shape

@@ -126,7 +126,7 @@ def prior_monte_carlo(model: SpatialMixture, x: Tensor, *, samples: int = 500, c
     check_counts(samples=samples, chunk=chunk)
     require_proper_prior(model, "an estimate of log p(x)")
     model.check(x)
-    require_images(x)
+    require_images(model, x)
     return _importance_weighted(model, prior_of_images(model, len(x)), x, samples, chunk)
 
 

@@ -103,7 +103,7 @@ class NUTS(Strategy):
         """
         model = self.model
         model.check(x)
-        require_images(x)
+        require_images(model, x)
         shape = (len(x), model.num_components, model.latent_features)
         dimensions = shape[0] * shape[1] * shape[2]
         if dimensions > self.max_dimensions:

@@ -63,7 +63,7 @@ def proposal(
         )
     _check_width(width)
     model.check(x)
-    require_images(x)
+    require_images(model, x)
     q = (strategy.infer(x, keep_trace=False) if posterior is None else posterior).q
     shape = torch.Size([len(x), model.num_components, model.latent_features])
     if q.batch_shape + q.event_shape != shape:

@@ -164,7 +164,7 @@ class PyroGuide(Strategy):
         """
         self.check_infer(restarts, self.iterations if iterations is None else iterations, gamma)
         self.model.check(x)
-        require_images(x)
+        require_images(self.model, x)
         with torch.no_grad():
             repeated = x.repeat(restarts, 1, 1)
             fitted = self._fit(repeated, keep_means=keep_trace)

@@ -9,6 +9,7 @@ from torch import Tensor
 from pnem.inference.classical_em import ClassicalEM
 from pnem.inference.errors import StrategyError
 from pnem.inference.line_search import Ascent
+from pnem.inference.nuts import NUTS
 from pnem.inference.posterior import State
 from pnem.inference.strategy import Strategy, require_pixels
 
@@ -69,9 +70,11 @@ class SemiAmortised(Strategy):
 
     def __init__(self, strategy: Strategy, *, steps: int = 20, draws: int = 64):
         if not isinstance(strategy, Strategy):
-            raise StrategyError(f"SemiAmortised refines a strategy's q(θ): give one, not {strategy!r}")
-        if isinstance(strategy, ClassicalEM):
-            raise StrategyError("SemiAmortised has nothing to refine: classical EM fits every image by itself")
+            raise StrategyError(f"SemiAmortised refines a strategy's q(θ): give one, not a {type(strategy).__name__}")
+        if isinstance(strategy, ClassicalEM | NUTS):
+            raise StrategyError(
+                f"SemiAmortised has nothing to refine: {type(strategy).__name__} treats every image by itself"
+            )
         for name, value, least in (("steps", steps, 1), ("draws", draws, 2)):
             if not isinstance(value, int) or value < least:
                 raise StrategyError(f"{name} must be at least {least}, and whole, but is {value}")

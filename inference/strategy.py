@@ -229,7 +229,7 @@ class Strategy(Configured, nn.Module, ABC):
         """
         iterations = self.iterations if iterations is None else iterations
         self.model.check(x)
-        require_images(x)
+        require_images(self.model, x)
         self.check_infer(restarts, iterations, gamma)
         was_training = self.training
         self.eval()
@@ -271,10 +271,16 @@ def require_pixels(model: SpatialMixture, name: str) -> None:
         raise StrategyError(f"{name} needs a decoder of images, not {type(model.decoder).__name__}: use ClassicalEM")
 
 
-def require_images(x: Tensor) -> None:
-    """Raises `StrategyError` where there is no image."""
+def require_images(model: SpatialMixture, x: Tensor) -> None:
+    """Raises `StrategyError` where there is no image, or they are not in the precision of the model's networks."""
     if not len(x):
         raise StrategyError(f"x has shape {tuple(x.shape)}: give at least one image")
+    dtype = model.mixing_logits.dtype
+    if not x.is_floating_point() or (model.num_pixels is not None and x.dtype != dtype):
+        raise StrategyError(
+            f"x has dtype {x.dtype}, but this model computes in {dtype}: give x.to({dtype}), or convert model and "
+            "strategy by .double() or .float()"
+        )
 
 
 def require_proper_prior(model: SpatialMixture, name: str) -> None:

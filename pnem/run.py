@@ -4,6 +4,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -104,7 +105,7 @@ class Run:
         if images.dim() == 4 and tuple(images.shape[1:]) == self.settings.image_shape:
             images = images.flatten(1, 2)
         images = self._ours(images)
-        options = {} if keep_trace is None else {"keep_trace": keep_trace}
+        options: dict[str, Any] = {} if keep_trace is None else {"keep_trace": keep_trace}
         return self.strategy.infer(images, restarts=restarts, iterations=iterations, **options)
 
     def _ours(self, images: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from pyro.optim import Adam
 
 import pnem
 from pnem.data import ImageDataset
+from pnem.errors import StrategyError
 from pnem.inference import ELBO, NEMLoss
 
 # Strategies that are to converge take a few steps only.
@@ -290,3 +291,11 @@ def test_compiled_losses_and_gradients_equal_eager(strategy_name):
         gradients.append([value, *(p.grad.clone() for m in (model, strategy) for p in m.parameters())])
     for eager, compiled in zip(*gradients, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=1e-10)
+
+
+@every_strategy
+@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8])
+def test_images_in_another_precision_are_refused_with_what_to_do(strategy_name, dtype):
+    _, strategy = pair("owned Bernoulli", strategy_name)
+    with pytest.raises(StrategyError, match=r"computes in torch.float32: give x.to\(torch.float32\)"):
+        strategy.infer(images(2).to(dtype))

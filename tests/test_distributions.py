@@ -7,7 +7,7 @@ from cases import factors, images, pair
 from pyro import poutine
 
 from pnem.inference import RNNEM, VAE, ClassicalEM, Posterior, encoders
-from pnem.inference.distributions import AsOneSite, Concatenated, by_component
+from pnem.inference.distributions import AsOneSite, Concatenated, Draws, OfAllComponents, by_component
 from pnem.models import Bernoulli, SpatialMixture, decoders
 
 
@@ -111,3 +111,10 @@ def test_posteriors_of_batches_that_took_other_numbers_of_iterations_become_one(
     torch.testing.assert_close(one.trace.theta[:, 2:], many.trace.theta)
     torch.testing.assert_close(one.trace.theta[-1], one.theta)
     assert Posterior.concatenate([few, many._replace(trace=None)]).trace is None
+
+
+def test_printing_a_distribution_of_theta_says_what_it_is():
+    both = Concatenated([normal(2), OfAllComponents(dist.MultivariateNormal(torch.zeros(3, 6), torch.eye(6)), 3)])
+    assert "Independent(Normal" in repr(both)
+    assert "OfAllComponents(MultivariateNormal(" in repr(both)
+    assert repr(Draws(torch.zeros(2, 5, 3, 3, 2))) == "Draws(draws: (2, 5, 3, 3, 2))"

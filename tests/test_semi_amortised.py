@@ -247,7 +247,7 @@ def pairs() -> tuple[SpatialMixture, Strategy]:
         (lambda m, s: SemiAmortised(s, steps=2.5), "steps must be at least 1, and whole, but is 2.5"),
         (lambda m, s: SemiAmortised(s, draws=0), "draws must be at least 2"),
         (lambda m, s: SemiAmortised(s, draws=7), "give an even number, not 7"),
-        (lambda m, s: SemiAmortised(m), "give one, not SpatialMixture"),
+        (lambda m, s: SemiAmortised(m), "give one, not a SpatialMixture"),
         (lambda m, s: SemiAmortised(ClassicalEM(factors())), "nothing to refine"),
         (
             lambda m, s: SemiAmortised(GradientEM(SpatialMixture(decoders.Constant(2), Bernoulli(), 2))),
