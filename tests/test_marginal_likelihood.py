@@ -215,6 +215,7 @@ def test_estimates_agree_with_an_integral_over_a_grid():
 
 
 @pytest.mark.parametrize("model_name", ["owned Bernoulli", "plain Bernoulli"])
+@pytest.mark.filterwarnings("ignore::pnem.inference.ConvergenceWarning")
 @pytest.mark.parametrize("strategy_name", sorted(PROPER))
 def test_the_bound_rises_with_the_number_of_samples_from_the_elbo(model_name, strategy_name):
     model, strategy = pair(model_name, strategy_name)
