@@ -6,6 +6,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pnem.inference.checks import check_starts
 from pnem.inference.convergence import Fit, best_start, has_converged
 from pnem.inference.errors import StrategyError
 from pnem.inference.factor_analysis import FactorAnalysis, posterior_of_factors
@@ -14,7 +15,7 @@ from pnem.inference.m_steps import MStep, Parameters, find_m_step
 from pnem.inference.posterior import Posterior, State
 from pnem.inference.progress import Progress
 from pnem.inference.starts import INITS, check_given, first_parameters, require_channels
-from pnem.inference.strategy import Strategy, check_starts
+from pnem.inference.strategy import Strategy
 from pnem.models import SpatialMixture
 
 __all__ = ["ClassicalEM"]

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from pnem.inference.checks import require_proper_prior
 from pnem.inference.encoders import Encoder
 from pnem.inference.errors import StrategyError
 from pnem.inference.noise import Noise
 from pnem.inference.posterior import State
 from pnem.inference.recurrent import RecurrentStrategy
-from pnem.inference.strategy import require_proper_prior
 from pnem.inference.variational import Normals, drawn_from
 from pnem.models import SpatialMixture
 

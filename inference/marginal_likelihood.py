@@ -8,12 +8,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pnem.inference.checks import require_images, require_proper_prior
 from pnem.inference.errors import StrategyError
 from pnem.inference.estimates import Estimate, check_counts, log_mean_weight
 from pnem.inference.factor_analysis import posterior_of_factors
 from pnem.inference.posterior import Posterior
 from pnem.inference.proposals import prior_of_images, proposal
-from pnem.inference.strategy import Strategy, require_images, require_proper_prior
+from pnem.inference.strategy import Strategy
 from pnem.inference.svi import log_joint_of_theta
 from pnem.models import DiagonalNormal, Normal, SpatialMixture, decoders
 

@@ -5,10 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pnem.inference.checks import require_pixels
 from pnem.inference.errors import StrategyError
 from pnem.inference.noise import Noise
 from pnem.inference.posterior import State
-from pnem.inference.strategy import Strategy, require_pixels
+from pnem.inference.strategy import Strategy
 from pnem.models import SpatialMixture
 
 __all__ = ["NEM"]

@@ -14,10 +14,11 @@ from pnem.inference.chains import (
     match_components,
     rank_normalised_r_hat,
 )
+from pnem.inference.checks import require_images, require_proper_prior
 from pnem.inference.distributions import Draws
 from pnem.inference.errors import StrategyError
 from pnem.inference.posterior import Posterior, State
-from pnem.inference.strategy import Strategy, require_images, require_proper_prior
+from pnem.inference.strategy import Strategy
 from pnem.inference.svi import isolated, log_joint_of_theta
 from pnem.models import SpatialMixture
 

@@ -7,10 +7,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pnem.inference.checks import require_images, require_proper_prior
 from pnem.inference.distributions import Concatenated, OfAllComponents
 from pnem.inference.errors import StrategyError
 from pnem.inference.posterior import Posterior
-from pnem.inference.strategy import Strategy, require_images, require_proper_prior
+from pnem.inference.strategy import Strategy
 from pnem.inference.svi import curvature
 from pnem.models import SpatialMixture
 

@@ -9,18 +9,12 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
+from pnem.inference.checks import best_starts, check_starts, require_images, require_pixels, require_proper_prior
 from pnem.inference.convergence import ConvergenceWarning
 from pnem.inference.errors import StrategyError
 from pnem.inference.guide_fits import AUTO_GUIDES, Fitted, Options, fit_auto, fit_callable, mean_of
 from pnem.inference.posterior import Posterior, State
-from pnem.inference.strategy import (
-    Strategy,
-    best_starts,
-    check_starts,
-    require_images,
-    require_pixels,
-    require_proper_prior,
-)
+from pnem.inference.strategy import Strategy
 from pnem.models import SpatialMixture
 
 __all__ = ["PyroGuide"]

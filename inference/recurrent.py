@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from pnem.inference.checks import require_pixels
 from pnem.inference.encoders import Encoder, Identity, check_encoder
 from pnem.inference.errors import StrategyError
 from pnem.inference.noise import Noise
 from pnem.inference.posterior import State
 from pnem.inference.recurrences import CELLS
-from pnem.inference.strategy import Strategy, require_pixels
+from pnem.inference.strategy import Strategy
 from pnem.models import SpatialMixture
 
 __all__ = ["RecurrentStrategy"]

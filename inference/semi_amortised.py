@@ -6,12 +6,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pnem.inference.checks import require_pixels
 from pnem.inference.classical_em import ClassicalEM
 from pnem.inference.errors import StrategyError
 from pnem.inference.line_search import Ascent
 from pnem.inference.nuts import NUTS
 from pnem.inference.posterior import State
-from pnem.inference.strategy import Strategy, require_pixels
+from pnem.inference.strategy import Strategy
 
 __all__ = ["SemiAmortised"]
 

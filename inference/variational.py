@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pnem.inference.checks import require_pixels, require_proper_prior
 from pnem.inference.errors import StrategyError
 from pnem.inference.noise import Noise
 from pnem.inference.posterior import State
-from pnem.inference.strategy import Strategy, require_pixels, require_proper_prior
+from pnem.inference.strategy import Strategy
 from pnem.models import SpatialMixture
 
 __all__ = ["NormalStrategy", "Normals"]

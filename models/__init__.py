@@ -6,7 +6,8 @@ from pnem.models.counts import Binomial, Categorical, Poisson
 from pnem.models.likelihoods import Bernoulli, ExponentialFamily, Likelihood, Normal
 from pnem.models.mixture import SpatialMixture
 from pnem.models.multivariate_normal import MultivariateNormal
-from pnem.models.priors import DiagonalNormal, LatentPrior, MixtureOfNormals, NormalInverseWishart, Prior
+from pnem.models.normal_inverse_wishart import NormalInverseWishart
+from pnem.models.priors import DiagonalNormal, LatentPrior, MixtureOfNormals, Prior
 from pnem.models.student_t import StudentT
 
 __all__ = [

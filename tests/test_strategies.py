@@ -8,7 +8,7 @@ from cases import MODELS, images
 
 from pnem.errors import StrategyError
 from pnem.inference import ELBO, NEM, RNNEM, BitFlip, MaskedUniform, NEMLoss, State, encoders
-from pnem.inference.strategy import best_starts
+from pnem.inference.checks import best_starts
 from pnem.models import Bernoulli, Normal, SpatialMixture, decoders
 
 pytestmark = pytest.mark.usefixtures("float64")
