@@ -274,6 +274,8 @@ def test_compiled_losses_and_gradients_equal_eager(strategy_name):
     """Traced whole and differentiated ahead of time; the code generator behind it is torch's own to test."""
     if strategy_name in BY_SVI:
         pytest.skip("Pyro's SVI cannot be traced")
+    # A function may be compiled only so many times in a process.
+    torch.compiler.reset()
     model, strategy = pair("owned Bernoulli", strategy_name)
     model.double(), strategy.double()
     objective = ELBO("ramp") if strategy_name in PROPER else NEMLoss("ramp")
