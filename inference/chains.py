@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 import torch
 from pyro.ops import stats
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import rankdata
 from torch import Tensor
 
 __all__ = ["Chains", "MixingWarning", "bulk_effective_sample_size", "match_components", "rank_normalised_r_hat"]
@@ -49,6 +47,9 @@ def match_components(draws: Tensor, log_density: Tensor) -> Tensor:
     >>> torch.equal(matched[0], matched[1])
     True
     """
+    # SciPy loads when it is first used.
+    from scipy.optimize import linear_sum_assignment
+
     flat, density = draws.flatten(0, 1), log_density.flatten(0, 1)
     S, B, K, _ = flat.shape
     if K == 1:
@@ -86,6 +87,8 @@ def bulk_effective_sample_size(draws: Tensor) -> Tensor:
 
 
 def _normal_scores(draws: Tensor) -> Tensor:
+    from scipy.stats import rankdata
+
     flat = draws.flatten(0, 1)
     # Draws that are the same, where a chain stood still, share a rank.
     ranks = torch.from_numpy(rankdata(flat.cpu().numpy(), axis=0)).to(draws.device)
