@@ -208,8 +208,10 @@ def _matched(count: int, shape: tuple[int, int], generator: torch.Generator) -> 
 def _is_positive(values: Tensor, control: Tensor) -> Tensor:
     """Whether the mean of what `values` (B, n) are draws of is certainly positive, by a control variate: (B,)."""
     centred = control - control.mean(-1, keepdim=True)
-    slope = (centred * values).sum(-1, keepdim=True) / centred.square().sum(-1, keepdim=True)
-    values = values - slope.nan_to_num(0.0, 0.0, 0.0) * control
+    spread = centred.square().sum(-1, keepdim=True)
+    # Where q has not moved, nothing of it is random. A rise that is NaN stays so, and is not positive.
+    slope = torch.where(spread > 0, (centred * values).sum(-1, keepdim=True) / spread, 0.0)
+    values = values - slope * control
     return values.mean(-1) > CERTAIN * values.std(-1) / values.shape[-1] ** 0.5
 
 
