@@ -165,7 +165,7 @@ class NUTS(Strategy):
             normal = q.moment_matched()
             theta = normal.sample(torch.Size([ELBO_DRAWS]))
             log_p = torch.cat([log_joint_of_theta(self.model, x, part) for part in theta.split(CHUNK)])
-            elbo = (log_p - normal.log_prob(theta)).mean(0) + self._log_mixing_prior(state)
+            elbo = (log_p - normal.log_prob(theta)).mean(0) + self.log_mixing_prior(state)
             # A constant decoder gives one pixel for all.
             mean, psi = (value.expand(-1, -1, x.shape[-2], -1) for value in (state.mean, state.psi))
             state = state._replace(mean=mean, psi=psi)

@@ -162,7 +162,7 @@ class Strategy(Configured, nn.Module, ABC):
         guide, log p(x | θ) + log p(θ): a plug-in value, not a bound on log p(x). A prior on π adds log p(π), which
         images that share π share.
         """
-        return state.log_evidence - self.divergence(state) + self._log_mixing_prior(state)
+        return state.log_evidence - self.divergence(state) + self.log_mixing_prior(state)
 
     def divergence(self, state: State) -> Tensor:
         """KL(q(θ) ‖ p(θ)), or log q(θ) − log p(θ) at the state's θ; for a Delta −log p(θ): (B,) nats per image."""
@@ -175,7 +175,8 @@ class Strategy(Configured, nn.Module, ABC):
             divergence = state.q.log_prob(state.theta) - self.model.log_prior(state.theta)
         return divergence
 
-    def _log_mixing_prior(self, state: State) -> Tensor | float:
+    def log_mixing_prior(self, state: State) -> Tensor | float:
+        """log p(π) in nats, zero where there is no prior on it; a π of all images is shared among them: (B,)."""
         if self.model.mixing_concentration == 1:
             return 0.0
         log_prior = self.model.log_mixing_prior(state.log_mixing)

@@ -13,7 +13,7 @@ from pnem.models.decoders import Decoder
 from pnem.models.errors import ModelError
 from pnem.models.likelihoods import Likelihood
 from pnem.models.parameters import register_parameters
-from pnem.models.priors import LatentPrior, Prior, normal_divergence
+from pnem.models.priors import LatentPrior, Prior, expected_log_density, normal_divergence
 
 __all__ = ["SpatialMixture"]
 
@@ -224,6 +224,11 @@ class SpatialMixture(Configured, nn.Module):
         """KL(N(location, scale²) ‖ p(θ)) in nats per image: (..., K, M) -> (...); None where it has no closed form."""
         divergence = normal_divergence(location, scale, self.prior_distribution())
         return None if divergence is None else divergence.sum(-1)
+
+    def expected_log_prior(self, location: Tensor, scale: Tensor) -> Tensor | None:
+        """E[log p(θ)] of θ ~ N(location, scale²), in nats per image: (..., K, M) -> (...); None as there."""
+        expected = expected_log_density(location, scale, self.prior_distribution())
+        return None if expected is None else expected.sum(-1)
 
     def log_mixing_prior(self, log_mixing: Tensor) -> Tensor:
         """log p(π) in nats, zero where the prior is flat: (..., K) -> (...)."""

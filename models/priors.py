@@ -110,3 +110,10 @@ def normal_divergence(location: Tensor, scale: Tensor, prior: dist.TorchDistribu
     # ratio² − 1 − log ratio², without the cancellation near one.
     squares = (ratio - 1) * (ratio + 1) + ((location - mean) / deviation).square()
     return 0.5 * (squares - 2 * ratio.log()).sum(-1)
+
+
+def expected_log_density(location: Tensor, scale: Tensor, prior: dist.TorchDistribution) -> Tensor | None:
+    """E[log p(θ)] of θ ~ N(location, scale²) in nats, summed over M: (..., M) -> (...); None as `normal_divergence`."""
+    if not isinstance(prior, dist.Independent) or not isinstance(prior.base_dist, dist.Normal):
+        return None
+    return prior.log_prob(location) - 0.5 * (scale / prior.base_dist.scale).square().sum(-1)
