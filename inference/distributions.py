@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pnem.inference.errors import StrategyError
 
-__all__ = ["AsOneSite", "Concatenated", "Draws", "OfAllComponents", "by_component"]
+__all__ = ["AsOneSite", "Concatenated", "Draws", "OfAllComponents", "by_component", "concatenated"]
 
 
 class Concatenated(dist.TorchDistribution):
@@ -50,6 +50,20 @@ class Concatenated(dist.TorchDistribution):
     @property
     def variance(self) -> Tensor:  # noqa: D102
         return torch.cat([part.variance for part in self.parts])
+
+
+def concatenated(parts: Sequence[dist.TorchDistribution]) -> dist.TorchDistribution:
+    """The distributions of several batches of images: a Delta of Deltas, a normal of normals, else `Concatenated`.
+
+    >>> concatenated([dist.Delta(torch.zeros(n, 4, 2), event_dim=2) for n in (2, 3)]).v.shape
+    torch.Size([5, 4, 2])
+    """
+    if all(isinstance(part, dist.Delta) for part in parts):
+        return dist.Delta(torch.cat([part.v for part in parts]), event_dim=2)
+    if all(isinstance(part, dist.Independent) and isinstance(part.base_dist, dist.Normal) for part in parts):
+        means, deviations = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "stddev"))
+        return dist.Normal(means, deviations, validate_args=False).to_event(2)
+    return Concatenated(parts)
 
 
 class AsOneSite(dist.TorchDistribution):

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pnem.inference.distributions import Concatenated
+from pnem.inference.distributions import concatenated
 
 __all__ = ["Posterior", "State", "extended"]
 
@@ -128,7 +128,7 @@ class Posterior(NamedTuple):
             torch.cat(values) for values in zip(*(p[:6] for p in posteriors), strict=True)
         )
         elbo_trace = joined([p.elbo_trace for p in posteriors])
-        q = Concatenated([p.q for p in posteriors])
+        q = concatenated([p.q for p in posteriors])
         return cls(theta, psi, mean, gamma, log_evidence, log_mixing, elbo_trace, trace, q)
 
 

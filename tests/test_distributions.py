@@ -7,7 +7,7 @@ from cases import factors, images, pair
 from pyro import poutine
 
 from pnem.inference import RNNEM, VAE, ClassicalEM, Posterior, encoders
-from pnem.inference.distributions import AsOneSite, Concatenated, Draws, OfAllComponents, by_component
+from pnem.inference.distributions import AsOneSite, Concatenated, Draws, OfAllComponents, by_component, concatenated
 from pnem.models import Bernoulli, SpatialMixture, decoders
 
 
@@ -118,3 +118,17 @@ def test_printing_a_distribution_of_theta_says_what_it_is():
     assert "Independent(Normal" in repr(both)
     assert "OfAllComponents(MultivariateNormal(" in repr(both)
     assert repr(Draws(torch.zeros(2, 5, 3, 3, 2))) == "Draws(draws: (2, 5, 3, 3, 2))"
+
+
+def test_posteriors_of_batches_have_the_q_of_all_images():
+    deltas = [dist.Delta(torch.randn(n, 3, 2), event_dim=2) for n in (2, 4)]
+    normals = [dist.Normal(torch.randn(n, 3, 2), torch.rand(n, 3, 2)).to_event(2) for n in (2, 4)]
+    mixed = concatenated([deltas[0], normals[1]])
+    assert isinstance(mixed, Concatenated)
+    assert isinstance(concatenated(deltas), dist.Delta)
+    assert isinstance(concatenated(normals).base_dist, dist.Normal)
+    theta = torch.randn(7, 6, 3, 2)
+    for parts in (deltas, normals):
+        whole = concatenated(parts)
+        torch.testing.assert_close(whole.log_prob(theta), Concatenated(parts).log_prob(theta))
+        torch.testing.assert_close(whole.mean, Concatenated(parts).mean)

@@ -10,7 +10,16 @@ from cases import CLASSICAL, MODELS, PROPER, STRATEGIES, factors, images, items,
 
 from pnem.diagnostics import Terms, elbo_terms, terms_at
 from pnem.errors import ModelError, StrategyError
-from pnem.inference import NUTS, RNNEM, VAE, ClassicalEM, ConvergenceWarning, MixingWarning, exact_log_marginal
+from pnem.inference import (
+    NUTS,
+    RNNEM,
+    VAE,
+    ClassicalEM,
+    ConvergenceWarning,
+    MixingWarning,
+    Posterior,
+    exact_log_marginal,
+)
 from pnem.models import Bernoulli, SpatialMixture, decoders
 
 every_model = pytest.mark.parametrize("model_name", MODELS)
@@ -191,3 +200,18 @@ def test_what_cannot_be_taken_apart_is_refused():
         elbo_terms(model, strategy, images(2), posterior=strategy.infer(images(3)))
     with pytest.raises(ModelError, match="12"):
         elbo_terms(model, strategy, images(2, (3, 3, 1)))
+
+
+@pytest.mark.parametrize("strategy_name", ["rnn-em", "vae"])
+@pytest.mark.usefixtures("float64")
+def test_a_posterior_of_several_batches_has_the_terms_of_each(strategy_name):
+    model, strategy = pair("tied Bernoulli", strategy_name)
+    batches = images(2), images(3)
+    posteriors = [strategy.infer(x) for x in batches]
+    whole = elbo_terms(model, strategy, torch.cat(batches), posterior=Posterior.concatenate(posteriors), draws=200)
+    parts = [elbo_terms(model, strategy, x, posterior=q, draws=200) for x, q in zip(batches, posteriors, strict=True)]
+    assert whole.is_bound == (strategy_name == "vae")
+    assert whole.elbo.shape == (strategy.iterations, 5)
+    joined = Terms.concatenate(parts)
+    error = joined.monte_carlo_error.hypot(whole.monte_carlo_error)
+    assert bool(((whole.elbo - joined.elbo).abs() <= 4.5 * error + 1e-9).all())
