@@ -57,7 +57,6 @@ class ClassicalEM(Strategy):
     torch.Size([1, 3, 500])
     """
 
-    # Whether the bound may not fall.
     monotone = True
 
     def __init__(self, model: SpatialMixture, *, iterations: int = 100, tol: float = 1e-3, initial: str = "k-means++"):

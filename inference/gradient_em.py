@@ -54,6 +54,8 @@ class GradientEM(Strategy):
     True
     """
 
+    monotone = True
+
     def __init__(self, model: SpatialMixture, *, iterations: int = 20, steps: int = 5, step_size: float = 1.0):
         super().__init__(model, iterations=iterations, gamma_gradient=False)
         if steps < 2:

@@ -86,6 +86,8 @@ class SemiAmortised(Strategy):
         )
         require_pixels(self.model, "SemiAmortised")
         self.strategy = strategy
+        # What is climbed is log p(x, θ), z summed out: with another E-step than the model's the ELBO is less.
+        self.monotone = self.e_step == "consistent"
         shape = self.model.num_components, self.model.latent_features
         generator = torch.Generator().manual_seed(SEED)
         for name, pairs in (

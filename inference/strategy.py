@@ -44,6 +44,8 @@ class Strategy(Configured, nn.Module, ABC):
     model: SpatialMixture
     # Of θ, by which the best of several starts is chosen.
     merit_draws = 10
+    # Whether no iteration lowers the ELBO, where q(θ) is a Delta.
+    monotone = False
 
     def __init__(
         self,
