@@ -2,5 +2,6 @@
 
 from pnem.diagnostics.findings import Finding
 from pnem.diagnostics.terms import Terms, elbo_terms, terms_at
+from pnem.diagnostics.tracing import Trace, trace
 
-__all__ = ["Finding", "Terms", "elbo_terms", "terms_at"]
+__all__ = ["Finding", "Terms", "Trace", "elbo_terms", "terms_at", "trace"]
