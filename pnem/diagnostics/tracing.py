@@ -191,8 +191,8 @@ def _checked(groups: Tensor, x: Tensor) -> Tensor:
     groups = torch.as_tensor(groups, device=x.device)
     if groups.shape != x.shape[:2] or groups.is_floating_point() or bool((groups < 0).any()):
         raise DataError(
-            f"groups are {groups.dtype} of shape {tuple(groups.shape)}, but these images need integers from 0 on, (B, D) = "
-            f"{tuple(x.shape[:2])}: the true group of each pixel"
+            f"groups are {groups.dtype} of shape {tuple(groups.shape)}, but these images need integers from 0 on, "
+            f"(B, D) = {tuple(x.shape[:2])}: the true group of each pixel"
         )
     return groups
 
