@@ -18,8 +18,8 @@ from pnem.metrics import adjusted_mutual_information, adjusted_rand_index, segme
 
 __all__ = ["Trace", "trace"]
 
-# Units of rounding in a sum over pixels, relative to what is summed.
-ROUNDING = 16
+# Units of rounding of an ELBO, relative to its size; up to 10 are seen, of nearly singular covariances.
+ROUNDING = 64
 # Monte Carlo errors of the difference by which a noisy ELBO must have fallen.
 CERTAIN = 3
 
