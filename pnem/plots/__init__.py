@@ -6,18 +6,24 @@ those of `STYLE` while a figure is made, and afterwards what they were.
 """
 
 from pnem.plots.curves import bound, elbo_by_iteration, training_curves
+from pnem.plots.elbo import elbo_terms
+from pnem.plots.entropy import entropy_maps
 from pnem.plots.images import overview
 from pnem.plots.mixtures import mixture_1d, mixture_2d
 from pnem.plots.palette import component_colours
 from pnem.plots.style import STYLE
+from pnem.plots.traces import trace
 
 __all__ = [
     "STYLE",
     "bound",
     "component_colours",
     "elbo_by_iteration",
+    "elbo_terms",
+    "entropy_maps",
     "mixture_1d",
     "mixture_2d",
     "overview",
+    "trace",
     "training_curves",
 ]

@@ -20,7 +20,7 @@ from pnem.plots.style import STYLE, NotebookFigure
 if TYPE_CHECKING:
     from pnem.inference.posterior import Posterior
 
-__all__ = ["overview"]
+__all__ = ["black_and_white", "indices", "numpy_of", "overview"]
 
 Array = NDArray[Any]
 
@@ -73,15 +73,15 @@ def overview(
     H, W, C = image_shape
     if posterior.trace is None and iterations is not None:
         raise DataError("this posterior kept no trace: leave iterations out, or infer with keep_trace=True")
-    chosen = _indices(range(min(3, len(x))) if images is None else images, 0, len(x) - 1, "images")
-    numbers = _indices(
+    chosen = indices(range(min(3, len(x))) if images is None else images, 0, len(x) - 1, "images")
+    numbers = indices(
         _subset(trace.first, trace.last) if iterations is None else iterations, trace.first, trace.last, "iterations"
     )
     gamma, mean = trace.at(numbers, chosen)
-    inputs = _numpy(x[chosen])
+    inputs = numpy_of(x[chosen])
     truth = None if groups is None else _true_groups(groups, len(x), H * W)[chosen]
     colours = component_colours(gamma.shape[2])
-    low, high = _black_and_white(inputs)
+    low, high = black_and_white(inputs)
 
     def picture(values: Array) -> Array:
         rgb = values if C == 3 else values[..., [0, 0, 0]]
@@ -128,10 +128,10 @@ class _Trace(NamedTuple):
 
     def at(self, iterations: list[int], images: list[int]) -> tuple[Array, Array]:
         steps = torch.tensor(iterations)[:, None] - self.first
-        return _numpy(self.gamma[steps, torch.tensor(images)]), _numpy(self.mean[steps, torch.tensor(images)])
+        return numpy_of(self.gamma[steps, torch.tensor(images)]), numpy_of(self.mean[steps, torch.tensor(images)])
 
 
-def _black_and_white(inputs: Array) -> tuple[float, float]:
+def black_and_white(inputs: Array) -> tuple[float, float]:
     """The values drawn black and white."""
     finite = inputs[np.isfinite(inputs)]
     unit = not finite.size or finite.min() == finite.max() or (finite.min() >= 0 and finite.max() <= 1)
@@ -182,12 +182,14 @@ def _subset(first: int, last: int) -> list[int]:
     return (first + steps).astype(int).tolist()
 
 
-def _indices(values: Sequence[int], first: int, last: int, name: str) -> list[int]:
+def indices(values: Sequence[int], first: int, last: int, name: str) -> list[int]:
+    """The values as a list; raises `DataError` unless they are integers in range, at least one."""
     array = np.asarray(values)
     if array.ndim != 1 or not array.size or array.dtype.kind not in "iu" or array.min() < first or array.max() > last:
         raise DataError(f"{name} must be integers from {first} to {last}, at least one, but are {values}")
     return array.tolist()
 
 
-def _numpy(values: Tensor) -> Array:
+def numpy_of(values: Tensor) -> Array:
+    """The values in double precision, on the CPU."""
     return values.detach().cpu().double().numpy()
