@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -23,9 +24,10 @@ __all__ = ["elbo_terms"]
 
 Array = NDArray[Any]
 
-BLUE, RED, SKY, YELLOW, ORANGE, GREEN, PINK = component_colours(7)
+BLUE, RED, SKY, YELLOW, ORANGE, GREEN, PINK = map(to_hex, component_colours(7))
 # A term smaller than this, relative to the ELBO, is left out: it is zero to rounding.
 NOTHING = 1e-6
+SUM = "sum of what is added"
 
 
 class _Form(NamedTuple):
@@ -33,6 +35,7 @@ class _Form(NamedTuple):
 
     title: str
     fit: str
+    style: str
     values: Array
     added: Mapping[str, Array]
 
@@ -62,7 +65,7 @@ def elbo_terms(terms: "Terms") -> Figure:
     >>> import torch
     >>> model = SpatialMixture(decoders.Linear(5, (4, 4, 1)), Bernoulli(), 3, prior="standard_normal")
     >>> figure = elbo_terms(terms_of(model, RNNEM(model, iterations=4), torch.ones(2, 16, 1)))
-    >>> [axes.get_ylabel() for axes in figure.axes[:2]]
+    >>> [axes.get_ylabel() for axes in figure.axes[::2]]
     ['nats per image', 'added to the fit\n[nats per image]']
     """
     if terms.elbo.dim() not in (1, 2) or not terms.elbo.numel():
@@ -71,9 +74,13 @@ def elbo_terms(terms: "Terms") -> Figure:
     if len(elbo) == 1:
         return _steps(terms.title, elbo, forms)
     figure = NotebookFigure(figsize=(3.5 * len(forms), 3.7), layout="constrained")
-    columns = figure.subfigures(1, len(forms), squeeze=False, wspace=0.03)[0]
+    rows = 2 if any(form.added for form in forms) else 1
+    columns = figure.subplots(rows, len(forms), sharex=True, squeeze=False).T
+    handles: dict[str, Line2D | Patch] = {}
     for column, form in zip(columns, forms, strict=True):
-        _draw_form(column, form, terms.title, elbo)
+        handles |= _draw_form(column, form, terms.title, elbo)
+    figure.align_ylabels()
+    figure.legend(handles=handles.values(), loc="outside lower center", ncols=2 * len(forms))
     figure.draw_without_rendering()
     return figure
 
@@ -92,6 +99,7 @@ def _forms(terms: "Terms") -> tuple[Array, list[_Form]]:
         _Form(
             "free energy",
             "Q",
+            "--",
             mean(terms.expected_log_joint),
             {
                 "H[q(z)]": mean(terms.assignment_entropy),
@@ -103,6 +111,7 @@ def _forms(terms: "Terms") -> tuple[Array, list[_Form]]:
         _Form(
             "penalised fit",
             likelihood,
+            "-.",
             mean(terms.reconstruction),
             {
                 price: -mean(terms.divergence),
@@ -119,46 +128,43 @@ def _forms(terms: "Terms") -> tuple[Array, list[_Form]]:
     return elbo, [forms[0], *(form for form in forms[1:] if form.added)]
 
 
-def _colour(name: str) -> Array:
+def _colour(name: str) -> str:
     first = {"H[q(z)]": SKY, "H[q(θ)]": GREEN, "log p(π)": PINK, "−KL(q(θ) ‖ p(θ))": ORANGE}
     return first.get(name, YELLOW if name.startswith("−KL") else RED)
 
 
-def _draw_form(column: SubFigure, form: _Form, title: str, elbo: Array) -> None:
+def _draw_form(column: Array, form: _Form, title: str, elbo: Array) -> dict[str, Line2D | Patch]:
+    """Draws a form into its axes, from the top; returns what the legend is to explain, by name."""
     number = np.arange(1, len(elbo) + 1)
-    rows = 2 if form.added else 1
-    axes = column.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=(1.0, 1.0)[:rows])[:, 0]
-    few = len(elbo) <= 30
-    axes[0].plot(number, form.values, color=BLUE, ls="--", marker="o" if few else None)
-    axes[0].plot(number, elbo, color=INK, marker="o" if few else None)
-    axes[0].set(ylabel="nats per image", title=form.title)
-    handles: list[Line2D | Patch] = [
-        Line2D([], [], color=BLUE, ls="--", label=form.fit),
-        Line2D([], [], color=INK, label=title),
-    ]
-    if form.added:
-        above, below = np.zeros(len(elbo)), np.zeros(len(elbo))
-        for name, values in form.added.items():
-            bottom = np.where(values >= 0, above, below)
-            axes[1].bar(
-                number, values, 0.8 if few else 1.0, bottom=bottom, color=_colour(name), linewidth=0, label=name
-            )
-            above, below = above + values.clip(min=0), below + values.clip(max=0)
-            handles.append(Patch(color=_colour(name), label=name))
-        axes[1].axhline(0, color=INK, linewidth=0.6)
-        axes[1].plot(number, sum(form.added.values()), color=INK, ls=":", marker="o" if few else None)
-        axes[1].set(ylabel="added to the fit\n[nats per image]")
-        handles.append(Line2D([], [], color=INK, ls=":", label="sum of what is added"))
-    axes[-1].set(xlabel="iteration")
-    axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
-    column.align_ylabels(axes)
-    column.legend(handles=handles, loc="outside lower center", ncols=2)
+    marker, width = ("o", 0.8) if len(elbo) <= 30 else (None, 1.0)
+    column[0].plot(number, form.values, color=BLUE, ls=form.style, marker=marker, label=form.fit)
+    column[0].plot(number, elbo, color=INK, marker=marker, label=title)
+    column[0].set(ylabel="nats per image")
+    column[0].set_title(form.title, fontsize=8)
+    column[-1].set(xlabel="iteration", xlim=(0.4, len(elbo) + 0.6))
+    column[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    handles: dict[str, Line2D | Patch] = {
+        form.fit: Line2D([], [], color=BLUE, ls=form.style, label=form.fit),
+        title: Line2D([], [], color=INK, label=title),
+    }
+    if not form.added:
+        return handles
+    above, below = np.zeros(len(elbo)), np.zeros(len(elbo))
+    for name, values in form.added.items():
+        bottom = np.where(values >= 0, above, below)
+        column[1].bar(number, values, width, bottom=bottom, color=_colour(name), linewidth=0, label=name)
+        above, below = above + values.clip(min=0), below + values.clip(max=0)
+        handles[name] = Patch(color=_colour(name), label=name)
+    column[1].axhline(0, color=INK, linewidth=0.6)
+    column[1].plot(number, sum(form.added.values()), color=INK, ls=":", marker=marker, label=SUM)
+    column[1].set(ylabel="added to the fit\n[nats per image]")
+    return handles | {SUM: Line2D([], [], color=INK, ls=":", label=SUM)}
 
 
 def _steps(title: str, elbo: Array, forms: list[_Form]) -> Figure:
     """From the fit to the ELBO of a single iteration, term by term."""
     figure = NotebookFigure(figsize=(3.5 * len(forms), 2.6), layout="constrained")
-    panels = figure.subplots(1, len(forms), squeeze=False, sharex=True)[0]
+    panels = figure.subplots(1, len(forms), squeeze=False)[0]
     for axes, form in zip(panels, forms, strict=True):
         _draw_steps(axes, form, title, elbo.item())
     figure.draw_without_rendering()
@@ -177,13 +183,16 @@ def _draw_steps(axes: Axes, form: _Form, title: str, elbo: float) -> None:
             axes.plot([end, end], [row - 0.35, row + 0.35], color=INK if row else BLUE, linewidth=2.5)
         if row < len(names) - 1:
             axes.plot([end, end], [row - 0.3, row + 1.3], color=FAINT, linewidth=0.6, zorder=0)
-        text = f"{size:+.2f}".replace("-", "−") if inner else f"{end:.1f}".replace("-", "−")
+        text = (f"{size:+.1f}" if inner else f"{end:.1f}").replace("-", "−")
         axes.annotate(
             text, (max(end, end - size), row), (4, 0), textcoords="offset points", ha="left", va="center", fontsize=7
         )
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.tick_params("y", length=0)
-    axes.margins(x=0.3)
-    axes.set(xlabel="nats per image", title=form.title)
+    low, high = np.nanmin(ends), np.nanmax(ends)
+    space = max(high - low, 1e-3 * abs(high), 1e-6)
+    # On the right there is room for a number.
+    axes.set(xlabel="nats per image", xlim=(low - 0.06 * space, high + 0.3 * space))
+    axes.set_title(form.title, fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(5))

@@ -32,7 +32,7 @@ def entropy_maps(
     *,
     images: Sequence[int] | None = None,
 ) -> Figure:
-    """The entropy of the responsibilities at every pixel, −Σ_k γ_k log γ_k, below the image and its segmentation.
+    r"""The entropy of the responsibilities at every pixel, −Σ_k γ_k log γ_k, below the image and its segmentation.
 
     A column for each image. Entropies run from 0, where one component is sure to have made the pixel, to log K, where
     all are as likely; below stands their sum, H[q(z)] of the ELBO. The segmentation is argmax_k γ_k in the
@@ -53,7 +53,7 @@ def entropy_maps(
     >>> model, x = SpatialMixture(decoders.Linear(5, (4, 4, 1)), Bernoulli(), 3), torch.ones(2, 16, 1)
     >>> figure = entropy_maps(x, RNNEM(model, iterations=4).infer(x), (4, 4, 1))
     >>> figure.axes[-1].get_ylabel()
-    'entropy of γ  [nats per pixel]'
+    'entropy of γ\n[nats per pixel]'
     """
     if x.dim() == 4 and tuple(x.shape[1:]) == tuple(image_shape):
         x = x.flatten(1, 2)
@@ -81,9 +81,9 @@ def entropy_maps(
             axes.spines[:].set_visible(False)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
     for axes, image, total in zip(grid.T, chosen, entropy.sum(1), strict=True):
-        axes[0].set_title(f"image {image}")
+        axes[0].set_title(f"image {image}", fontsize=8)
         axes[2].set_xlabel(f"Σ {total:.1f} nats", fontsize=7)
-    bar = figure.colorbar(shown, ax=grid[2].tolist(), label="entropy of γ  [nats per pixel]", pad=0.02)
+    bar = figure.colorbar(shown, ax=grid[2].tolist(), label="entropy of γ\n[nats per pixel]", pad=0.02)
     bar.outline.set_visible(False)
     bar.set_ticks([0, math.log(max(2, K))], labels=["0", f"log {max(2, K)}"])
     figure.draw_without_rendering()

@@ -8,7 +8,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from pnem.errors import DataError
@@ -63,7 +63,7 @@ def trace(trace: "Trace") -> Figure:
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = NotebookFigure(figsize=(2.3 * columns, 1.9 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (title, curves) in zip(grid, panels.items(), strict=False):
         for (name, values), colour in zip(curves, component_colours(2), strict=False):
             _draw(axes, values, colour, name)
@@ -73,10 +73,17 @@ def trace(trace: "Trace") -> Figure:
             axes.set_xlim(1 - 0.04 * len(trace.elbo), 1.04 * len(trace.elbo))
         if title == "RMS change of θ" and bool((trace.change > 0).any()):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        if title == "confidence":
+            axes.set_ylim(0.0, 1.0)
+        if title == "components used":
+            axes.set_ylim(1.0, max(2.0, axes.get_ylim()[1]))
         if len(curves) > 1:
             axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.0)
             axes.legend(loc="lower right")
-    for axes in list(grid)[len(panels) :]:
+    for axes in grid[len(panels) :]:
         axes.remove()
     if trace.findings:
         _mark_falls(figure.axes[0], trace)
