@@ -260,7 +260,7 @@ class TestTrace:
         quartiles = found.confidence.quantile(torch.tensor([0.25, 0.75]).double(), dim=1)
         for t in range(4):
             np.testing.assert_allclose(np.unique(box[box[:, 0] == t + 1, 1]), quartiles[:, t])
-        titles = ["plug-in log p(x, θ)  [nats per image]", "confidence", "components used", "RMS change of θ"]
+        titles = ["plug-in log p(x, θ)\n[nats per image]", "confidence", "components used", "RMS change of θ"]
         assert [axes.get_ylabel() for axes in figure.axes] == [*titles, "AMI and ARI"]
 
     def test_without_groups_there_is_no_panel_for_them(self) -> None:

@@ -1,5 +1,6 @@
 """How inference went: what it reached, how sure it was and what it found, against the iteration."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -27,7 +28,7 @@ BLUE, RED = component_colours(2)
 
 @matplotlib.rc_context(STYLE)
 def trace(trace: "Trace") -> Figure:
-    """Small multiples of a trace against the iteration: means over images, and bands that hold the middle half of them.
+    r"""Small multiples of a trace against the iteration: means over images, in bands of the middle half of them.
 
     A panel each for the ELBO, where iterations are marked in which a monotone method lowered it for some image; the
     confidence; the components used; how far θ moved; AMI and ARI. What is known of the last iteration alone is a
@@ -45,12 +46,12 @@ def trace(trace: "Trace") -> Figure:
     >>> model = SpatialMixture(decoders.Linear(5, (4, 4, 1)), Bernoulli(), 3)
     >>> figure = trace(trace_of(RNNEM(model, iterations=4), torch.ones(2, 16, 1)))
     >>> [axes.get_ylabel() for axes in figure.axes]
-    ['plug-in log p(x, θ)  [nats per image]', 'confidence', 'components used', 'RMS change of θ']
+    ['plug-in log p(x, θ)\n[nats per image]', 'confidence', 'components used', 'RMS change of θ']
     """
     if not trace.elbo.numel():
         raise DataError(f"the trace has shape {tuple(trace.elbo.shape)}, but this needs (T, B), neither 0")
     panels = {
-        f"{trace.title}  [nats per image]": [("", trace.elbo)],
+        f"{trace.title}\n[nats per image]": [("", trace.elbo)],
         "confidence": [("", trace.confidence)],
         "components used": [("", trace.components_used)],
         "RMS change of θ": [("", trace.change)],
@@ -60,28 +61,18 @@ def trace(trace: "Trace") -> Figure:
     panels = {
         title: curves for title, curves in panels.items() if any(not bool(values.isnan().all()) for _, values in curves)
     }
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = NotebookFigure(figsize=(2.3 * columns, 1.9 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    T = len(trace.elbo)
     for axes, (title, curves) in zip(grid, panels.items(), strict=False):
         for (name, values), colour in zip(curves, component_colours(2), strict=False):
             _draw(axes, values, colour, name)
-        axes.set(xlabel="iteration", ylabel=title)
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
-        if len(trace.elbo) > 1:
-            axes.set_xlim(1 - 0.04 * len(trace.elbo), 1.04 * len(trace.elbo))
-        if title == "RMS change of θ" and bool((trace.change > 0).any()):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        if title == "confidence":
-            axes.set_ylim(0.0, 1.0)
-        if title == "components used":
-            axes.set_ylim(1.0, max(2.0, axes.get_ylim()[1]))
+        axes.set(xlabel="iteration", ylabel=title, xlim=(max(0.4, 1 - 0.04 * T), T + max(0.04 * T, 0.2)))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+        _scale(axes, title)
         if len(curves) > 1:
-            axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.0)
             axes.legend(loc="lower right")
     for axes in grid[len(panels) :]:
         axes.remove()
@@ -105,6 +96,25 @@ def _draw(axes: Axes, values: torch.Tensor, colour: Array, name: str) -> None:
         axes.vlines(number, low, high, color=colour)
     else:
         axes.fill_between(number, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _scale(axes: Axes, title: str) -> None:
+    """The whole range of what has one, and a logarithmic scale for what converges."""
+    low, high = axes.get_ylim()
+    if title == "confidence":
+        axes.set_ylim(0.0, 1.0)
+    elif title == "components used":
+        highest = max(np.max(np.asarray(line.get_ydata(), float)) for line in axes.lines)
+        axes.set_ylim(1.0, max(2.0, math.ceil(highest - 1e-3)))
+    elif title == "AMI and ARI":
+        axes.set_ylim(min(0.0, low), 1.0)
+    elif title == "RMS change of θ" and any((np.asarray(line.get_ydata(), float) > 0).any() for line in axes.lines):
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        if high < 100 * low:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _mark_falls(axes: Axes, trace: "Trace") -> None:
