@@ -37,7 +37,8 @@ class Trace:
         elbo: in nats per image. Where there are terms of all iterations, theirs; else the strategy's own
             `Posterior.elbo_trace`: of classical EM what each iteration started from, of guides fitted by SVI the mean
             over each window of steps.
-        confidence: mean over pixels of max_k γ_k, from 1/K to 1.
+        confidence: mean over pixels of max_k γ_k, from 1/K to 1. A background that all components explain alike keeps
+            it low.
         components_used: exp of the entropy of the mean of γ over pixels, from 1 to K: how many components share the
             pixels, counted by how much they take.
         change: root mean square over K and M of what the mean of q(θ) moved by; NaN at the first iteration.

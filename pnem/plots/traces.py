@@ -66,10 +66,11 @@ def trace(trace: "Trace") -> Figure:
     figure = NotebookFigure(figsize=(2.3 * columns, 1.9 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     T = len(trace.elbo)
+    space = 0.6 if T == 1 else 0.04 * T
     for axes, (title, curves) in zip(grid, panels.items(), strict=False):
         for (name, values), colour in zip(curves, component_colours(2), strict=False):
             _draw(axes, values, colour, name)
-        axes.set(xlabel="iteration", ylabel=title, xlim=(max(0.4, 1 - 0.04 * T), T + max(0.04 * T, 0.2)))
+        axes.set(xlabel="iteration", ylabel=title, xlim=(1 - min(space, 0.6), T + space))
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
         _scale(axes, title)
         if len(curves) > 1:
