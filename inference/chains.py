@@ -24,15 +24,20 @@ class Chains(NamedTuple):
         draws: (chains, draws, B, K, M), components matched where they are exchangeable.
         r_hat: (B, K, M), rank-normalised split R̂; near 1 where the chains agree.
         effective_sample_size: (B, K, M), of the bulk: how many independent draws all chains are worth.
-        divergences: how many transitions after warmup the integrator failed in.
+        diverging: (chains, draws), which transitions the integrator failed in.
         log_density: (chains, draws, B), log p(x, θ) in nats, z summed out.
     """
 
     draws: Tensor
     r_hat: Tensor
     effective_sample_size: Tensor
-    divergences: int
+    diverging: Tensor
     log_density: Tensor
+
+    @property
+    def divergences(self) -> int:
+        """How many transitions after warmup the integrator failed in."""
+        return int(self.diverging.sum())
 
 
 def match_components(draws: Tensor, log_density: Tensor) -> Tensor:

@@ -135,6 +135,7 @@ class Draws(dist.TorchDistribution):
 
     Args:
         draws: (chains, draws, B, K, M).
+        diverging: (chains, draws), which of them end a transition that the integrator failed in; None if unknown.
 
     >>> q = Draws(torch.randn(4, 100, 5, 3, 2))
     >>> q.sample((7,)).shape, q.moment_matched().log_prob(q.mean).shape
@@ -145,8 +146,9 @@ class Draws(dist.TorchDistribution):
     support = dist.constraints.independent(dist.constraints.real, 2)
     has_rsample = False
 
-    def __init__(self, draws: Tensor):
+    def __init__(self, draws: Tensor, diverging: Tensor | None = None):
         self.draws = draws
+        self.diverging = diverging
         super().__init__(draws.shape[2:3], draws.shape[3:], validate_args=False)
 
     def __repr__(self) -> str:

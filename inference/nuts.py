@@ -122,7 +122,8 @@ class NUTS(Strategy):
         if bool(torch.isclose(log_mixing, log_mixing[..., :1]).all()):
             draws = match_components(draws, log_density)
         size = bulk_effective_sample_size(draws)
-        return Chains(draws, rank_normalised_r_hat(draws), size, sum(count for _, count in runs), log_density)
+        diverging = torch.stack([failed for _, failed in runs])
+        return Chains(draws, rank_normalised_r_hat(draws), size, diverging, log_density)
 
     def check_infer(self, restarts: int, iterations: int, gamma: Tensor | None) -> None:
         """See `Strategy.check_infer`: chains start where they do, and a strategy has `warmup` and `draws`."""
@@ -159,7 +160,7 @@ class NUTS(Strategy):
             raise StrategyError("NUTS keeps no states: leave keep_trace out; strategy.sample(x) gives its draws")
         found = self.sample(x)
         self._warn(found)
-        q = Draws(found.draws)
+        q = Draws(found.draws, found.diverging)
         with torch.no_grad():
             state = self.evaluate(super().init(x), q.mean, x)
             normal = q.moment_matched()
@@ -183,8 +184,8 @@ class NUTS(Strategy):
             "posterior"
         )
 
-    def _chain(self, x: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, int]:
-        """The draws of one chain, (draws, B, K, M), and how many of its transitions diverged."""
+    def _chain(self, x: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """The draws of one chain, (draws, B, K, M), and which of its transitions diverged, (draws,)."""
 
         def potential(params: dict[str, Tensor]) -> Tensor:
             return -log_joint_of_theta(self.model, x, params["theta"]).sum()
@@ -206,7 +207,9 @@ class NUTS(Strategy):
             disable_progbar=not self.progress,
         )
         chain.run()
-        return chain.get_samples()["theta"].detach(), len(chain.diagnostics()["divergences"]["chain 0"])
+        diverging = torch.zeros(self.draws, dtype=torch.bool)
+        diverging[chain.diagnostics()["divergences"]["chain 0"]] = True
+        return chain.get_samples()["theta"].detach(), diverging
 
     def _warn(self, found: Chains) -> None:
         # Where an entry never moved, both are NaN.

@@ -101,12 +101,15 @@ class Run:
             ModelError: the images do not fit the model.
             StrategyError: restarts or iterations < 1.
         """
+        options: dict[str, Any] = {} if keep_trace is None else {"keep_trace": keep_trace}
+        return self.strategy.infer(self.images(x), restarts=restarts, iterations=iterations, **options)
+
+    def images(self, x: Tensor | np.ndarray) -> Tensor:
+        """Images `x`, (B, D, C) or (B, H, W, C), as the model takes them: (B, D, C), its precision, and where it is."""
         images = torch.as_tensor(x)
         if images.dim() == 4 and tuple(images.shape[1:]) == self.settings.image_shape:
             images = images.flatten(1, 2)
-        images = self._ours(images)
-        options: dict[str, Any] = {} if keep_trace is None else {"keep_trace": keep_trace}
-        return self.strategy.infer(images, restarts=restarts, iterations=iterations, **options)
+        return self._ours(images)
 
     def _ours(self, images: Tensor) -> Tensor:
         return images.to(self.device, self.model.mixing_logits.dtype)
