@@ -18,7 +18,7 @@ from pnem.inference.posterior import extended
 from pnem.inference.proposals import MomentMatched
 from pnem.models import SpatialMixture
 
-__all__ = ["Terms", "check_pair", "elbo_terms", "terms_at"]
+__all__ = ["Terms", "check_pair", "elbo_terms", "state_at", "state_of", "terms_at"]
 
 
 @dataclass(frozen=True)
@@ -233,11 +233,16 @@ def _states(posterior: Posterior, x: Tensor, strategy: Strategy) -> Iterator[Sta
         for t in range(len(posterior.trace.theta)):
             yield posterior.trace.map(operator.itemgetter(t))
         return
-    log_joint = _log_joint(strategy.model, x, posterior.psi, posterior.log_mixing)
-    state = State(posterior.theta, posterior.mean, posterior.psi, posterior.gamma, log_joint, posterior.log_mixing)
+    state = state_of(strategy.model, posterior, x)
     if isinstance(q, MomentMatched):
         q = q.moment_matched()
     yield state if isinstance(q, dist.Delta) else state._replace(distribution=q)
+
+
+def state_of(model: SpatialMixture, posterior: Posterior, x: Tensor) -> State:
+    """The last state at the posterior's θ, as of a Delta there."""
+    log_joint = _log_joint(model, x, posterior.psi, posterior.log_mixing)
+    return State(posterior.theta, posterior.mean, posterior.psi, posterior.gamma, log_joint, posterior.log_mixing)
 
 
 def _averaged(strategy: Strategy, state: State, x: Tensor, draws: int) -> Terms:
@@ -245,15 +250,16 @@ def _averaged(strategy: Strategy, state: State, x: Tensor, draws: int) -> Terms:
     q = state.q
     if isinstance(q, dist.Delta):
         return terms_at(strategy, state)
-    samples = Terms.combine(torch.stack, [terms_at(strategy, _drawn(strategy, state, x)) for _ in range(draws)])
+    samples = Terms.combine(
+        torch.stack, [terms_at(strategy, state_at(strategy, state, q.sample(), x)) for _ in range(draws)]
+    )
     error = samples.elbo.std(0) / math.sqrt(draws) if draws > 1 else samples.elbo[0] * math.nan
     means = samples.map(lambda value: value.mean(0))
     return replace(means, log_evidence=state.log_evidence.double(), monte_carlo_error=error)
 
 
-def _drawn(strategy: Strategy, state: State, x: Tensor) -> State:
-    """The state at a draw from its q(θ)."""
-    theta = state.q.sample()
+def state_at(strategy: Strategy, state: State, theta: Tensor, x: Tensor) -> State:
+    """The state at another θ (B, K, M), after the E-step on `x`, also of images with missing values; its q(θ) stays."""
     if not bool(x.isnan().any()):
         return strategy.evaluate(state, theta, x)
     psi = strategy.model.decode(theta)
