@@ -1,8 +1,6 @@
 """What inference found, for ArviZ: draws of θ and all that follows from them, with named dimensions."""
 
-from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -12,10 +10,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pnem.diagnostics.at_draws import IMAGE, SAMPLE, after_iterations, as_numpy, at_draws
 from pnem.diagnostics.inference_data import Variable, inference_data
-from pnem.diagnostics.terms import Terms, check_pair, elbo_terms, state_at, state_of, terms_at
 from pnem.errors import RunError, StrategyError
-from pnem.inference import Posterior, State, Strategy
+from pnem.inference import Posterior, Strategy
 from pnem.inference.checks import require_images, require_proper_prior
 from pnem.inference.distributions import Concatenated, Draws, OfAllComponents
 from pnem.inference.estimates import check_counts
@@ -29,23 +27,6 @@ __all__ = ["to_arviz"]
 
 CHAINS = 4
 DRAWS = 250
-SAMPLE = ("chain", "draw")
-# Terms that are log q(θ) or made of it, which draws of a sampler have none of.
-OF_DENSITY = {"theta_entropy", "divergence", "elbo"}
-TITLES = {
-    "expected_log_joint": "Q = E[log p(x, z | θ)] over q(z)",
-    "assignment_entropy": "H[q(z)]",
-    "log_prior": "log p(θ)",
-    "theta_entropy": "−log q(θ)",
-    "reconstruction": "log p(x | θ)",
-    "divergence": "log q(θ) − log p(θ)",
-    "assignment_divergence": "KL(q(z) ‖ p(z | x, θ))",
-    "log_mixing_prior": "log p(π)",
-    "log_evidence": "log p(x | θ)",
-    "elbo": "log p(x, θ) − log q(θ)",
-    "lp": "log p(x, θ)",
-}
-TERMS = tuple(field.name for field in fields(Terms) if field.type is Tensor) + ("elbo",)
 
 
 @torch.no_grad()
@@ -91,7 +72,7 @@ def to_arviz(
         chains: into how many chains independent draws are divided, 4 by default. A sampler has its own: leave it out.
         draws: how many in each chain, 250 by default; likewise.
         width: where q(θ) is a Delta: of the normal to draw from instead; see `pnem.inference.proposals.proposal`.
-        responsibilities: ``"mean"`` over the draws, E_q[γ] = q(z); or ``"draws"``, every draw's own, at S·B·K·D numbers.
+        responsibilities: ``"mean"`` over the draws, q(z) = E_q[γ]; or ``"draws"``: γ of each, another S·B·K·D numbers.
 
     Returns:
         ``arviz.InferenceData`` with ArviZ below version 1, else ``xarray.DataTree``: both go through ``az.summary``,
@@ -118,19 +99,18 @@ def to_arviz(
     model = strategy.model
     theta, density = _draws(model, strategy, posterior, images, chains, draws, width)
     groups: dict[str, dict[str, Variable]] = {
-        "posterior": {"theta": ((*SAMPLE, "image", "component", "latent"), _numpy(theta))},
-        **_at_draws(strategy, posterior, images, theta, density, keep_gamma=responsibilities == "draws"),
-        "observed_data": {"x": (("image", "pixel", "channel"), _numpy(images))},
+        "posterior": {"theta": ((*SAMPLE, "image", "component", "latent"), as_numpy(theta))},
+        **at_draws(strategy, posterior, images, theta, density, keep_gamma=responsibilities == "draws"),
+        "observed_data": {"x": (IMAGE, as_numpy(images))},
     }
     sampler = _sampler(posterior.q)
     if sampler is not None and sampler.diverging is not None:
-        groups["sample_stats"]["diverging"] = (SAMPLE, _numpy(sampler.diverging))
+        groups["sample_stats"]["diverging"] = (SAMPLE, as_numpy(sampler.diverging))
     coords = {}
     trace = posterior.trace
     if trace is not None and (trace.location is not None or isinstance(posterior.q, dist.Delta)):
-        terms = elbo_terms(model, strategy, images, posterior=posterior)
-        groups["iterations"] = _iterations(terms)
-        coords["iteration"] = np.arange(1, len(terms.elbo) + 1)
+        groups["iterations"] = after_iterations(strategy, posterior, images)
+        coords["iteration"] = np.arange(1, len(trace.theta) + 1)
     return inference_data(groups, coords=coords, attrs=_attributes(strategy, posterior, density, width))
 
 
@@ -152,9 +132,11 @@ def _resolved(
     images = torch.as_tensor(x)
     strategy.model.check(images, missing=True)
     require_images(strategy.model, images)
-    if len(posterior_theta := source.theta) != len(images):
+    shape = (len(images), strategy.model.num_components, strategy.model.latent_features)
+    if tuple(source.theta.shape) != shape:
         raise StrategyError(
-            f"the posterior is of {len(posterior_theta)} images, but x holds {len(images)}: give the same images"
+            f"the posterior's theta has shape {tuple(source.theta.shape)}, but these images and this strategy's model "
+            f"need (B, K, M) = {shape}: give the same images and the strategy that inferred them"
         )
     return source, images, strategy
 
@@ -184,7 +166,7 @@ def _draws(
             'standard deviation of a normal around θ such as width=0.1, or width="laplace"'
         )
     require_proper_prior(model, "drawing θ")
-    q = proposal(model, strategy, x, width=width, posterior=posterior)
+    q = posterior.q if width is None else proposal(model, strategy, x, width=width, posterior=posterior)
     shape = torch.Size([CHAINS if chains is None else chains, DRAWS if draws is None else draws])
     return q.sample(shape), q
 
@@ -204,83 +186,18 @@ def _sampler(q: dist.TorchDistribution) -> Draws | None:
             f"the batches of this posterior have different numbers of chains and draws, {sorted(lengths)}: convert "
             "them one by one"
         )
-    # Batches are sampled one by one, so that no transition is of all of them.
-    diverging = parts[0].diverging if len(parts) == 1 else None
-    return Draws(torch.cat([part.draws for part in parts], 2), diverging)
-
-
-def _at_draws(
-    strategy: Strategy,
-    posterior: Posterior,
-    x: Tensor,
-    theta: Tensor,
-    density: dist.TorchDistribution | None,
-    *,
-    keep_gamma: bool,
-) -> dict[str, dict[str, Variable]]:
-    """What follows from every draw of θ, as groups."""
-    values: defaultdict[str, list[np.ndarray]] = defaultdict(list)
-    start = state_of(strategy.model, posterior, x)._replace(distribution=density)
-    mean_gamma = torch.zeros_like(start.gamma, dtype=torch.float64)
-    every = theta.flatten(0, 1)
-    for draw in every:
-        state = state_at(strategy, start, draw, x)
-        terms = terms_at(strategy, state)
-        for name in TERMS:
-            values[name].append(_numpy(getattr(terms, name)))
-        values["lp"].append(_numpy(terms.reconstruction + terms.log_prior + terms.log_mixing_prior))
-        values["log_likelihood"].append(_numpy(state.log_joint.logsumexp(-2)))
-        values["predictive"].append(_numpy(_predictive(strategy.model, state, x)))
-        mean_gamma += state.gamma / len(every)
-        if keep_gamma:
-            values["gamma"].append(_numpy(state.gamma))
-
-    def stacked(name: str) -> np.ndarray:
-        array = np.stack(values.pop(name))
-        return array.reshape(*theta.shape[:2], *array.shape[1:])
-
-    gamma: Variable = (("image", "component", "pixel"), _numpy(mean_gamma.to(start.gamma.dtype)))
-    if keep_gamma:
-        gamma = ((*SAMPLE, "image", "component", "pixel"), stacked("gamma"))
-    names = [name for name in (*TERMS, "lp") if name in TITLES and (density is not None or name not in OF_DENSITY)]
-    return {
-        "log_likelihood": {"x": ((*SAMPLE, "image", "pixel"), stacked("log_likelihood"), _nats("log p(x_i | θ)"))},
-        "posterior_predictive": {"x": ((*SAMPLE, "image", "pixel", "channel"), stacked("predictive"))},
-        "sample_stats": {name: ((*SAMPLE, "image"), stacked(name), _nats(TITLES[name])) for name in names},
-        "responsibilities": {"gamma": gamma},
-    }
-
-
-def _predictive(model: SpatialMixture, state: State, x: Tensor) -> Tensor:
-    """Images drawn at a state's θ, z and all: (B, D, C)."""
-    D = x.shape[-2]
-    psi = state.psi.expand(*state.psi.shape[:-2], D, -1)
-    log_weights = state.log_mixing.unsqueeze(-1).expand(psi.shape[:-1])
-    if model.owned:
-        log_weights = log_weights - model.ownership * model.log_unowned(psi)
-    z = dist.Categorical(logits=log_weights.mT, validate_args=False).sample()
-    chosen = z[:, None, :, None].expand(-1, 1, -1, psi.shape[-1])
-    return model.likelihood.distribution(psi.gather(-3, chosen).squeeze(-3)).sample().to(x.dtype)
-
-
-def _iterations(terms: Terms) -> dict[str, Variable]:
-    """The terms after each iteration; what ArviZ has no name for yet."""
-    dims = ("iteration", "image")
-    titles = dict.fromkeys(TERMS, "") | {"elbo": terms.title}
-    return {name: (dims, _numpy(getattr(terms, name)), _nats(titles[name] or name)) for name in TERMS}
-
-
-def _nats(title: str) -> dict[str, str]:
-    return {"long_name": title, "units": "nats"}
-
-
-def _numpy(values: Tensor) -> np.ndarray:
-    return values.detach().cpu().numpy()
+    diverging = [part.diverging for part in parts if part.diverging is not None]
+    # A transition of several batches diverged where that of any did.
+    failed = torch.stack(diverging).any(0) if len(diverging) == len(parts) else None
+    return Draws(torch.cat([part.draws for part in parts], 2), failed)
 
 
 def _attributes(
     strategy: Strategy, posterior: Posterior, density: dist.TorchDistribution | None, width: float | str | None
 ) -> Mapping[str, Any]:
+    draws = "chains of a sampler" if density is None else "independent, of q"
+    if width is not None:
+        draws = f"independent, of a normal around q with width {width}"
     return {
         "created_at": datetime.now(UTC).isoformat(),
         "creation_library": "pnem",
@@ -290,8 +207,7 @@ def _attributes(
         "inference_library_version": version("pnem"),
         "strategy": type(strategy).__name__,
         "q": " and ".join(sorted({_family(part) for part in _parts(posterior.q)})),
-        "draws_from": "a sampler's chains" if density is None else "independent draws of q",
-        **({} if width is None else {"width": width}),
+        "draws": draws,
         "image_shape": list(strategy.model.decoder.image_shape),
     }
 

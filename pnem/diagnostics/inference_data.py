@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["arviz", "inference_data"]
+__all__ = ["inference_data", "load_arviz"]
 
 Variable = tuple[tuple[str, ...], np.ndarray] | tuple[tuple[str, ...], np.ndarray, dict[str, str]]
 """The dimensions of an array, the array, and if there are any its attributes, such as units."""
 
 
-def arviz() -> ModuleType:
+def load_arviz() -> ModuleType:
     """The module ArviZ, without what versions below 1 say once a day about the coming of version 1."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor", FutureWarning)
@@ -54,5 +54,5 @@ def inference_data(
         labels = {dim: given.get(str(dim), np.arange(size)) for dim, size in dataset.sizes.items()}
         datasets[name] = dataset.assign_coords(labels)
     if int(version("arviz").partition(".")[0]) < 1:
-        return arviz().InferenceData(attrs=attributes, **datasets)
+        return load_arviz().InferenceData(attrs=attributes, **datasets)
     return xarray.DataTree.from_dict({"/": xarray.Dataset(attrs=attributes), **datasets})
