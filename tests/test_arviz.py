@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from cases import CLASSICAL, MODELS, PROPER, STRATEGIES, factors, images, items, pair
@@ -25,14 +26,14 @@ from pnem.models import Bernoulli, SpatialMixture, decoders
 WORKFLOW = Path(__file__).with_name("arviz_workflow.py")
 
 
-def exact(D=8):
+def exact(D=20):
     """Factor analysis of D pixels, where q(θ) is p(θ | x)."""
     model = factors(C=2, M=2, D=D)
-    x = torch.randn(3, D, 2)
+    x = model.decode(torch.randn(3, 1, 2)).squeeze(1).detach() + torch.randn(3, D, 2)
     return model, ClassicalEM(model), x
 
 
-def sampled(draws=40, B=2):
+def sampled(draws=20, B=2):
     model = MODELS["owned Normal"](proper=True)
     strategy = NUTS(model, chains=2, warmup=10, draws=draws, max_tree_depth=3)
     x = images(B)
@@ -55,8 +56,10 @@ def test_draws_of_an_exact_posterior():
     flat, deviation = theta.flatten(0, 1), posterior.q.variance.sqrt()
     assert bool(((flat.mean(0) - posterior.q.mean).abs() < 4.5 * deviation / 1200**0.5).all())
     assert bool(((flat.std(0) / deviation - 1).abs() < 4.5 / 2400**0.5).all())
-    per_pixel = model.log_joint(x[:, None].expand(3, 1200, 8, 2).reshape(-1, 8, 2), flat.transpose(0, 1).flatten(0, 1))
-    expected = per_pixel.logsumexp(-2).reshape(3, 3, 400, 8).permute(1, 2, 0, 3)
+    per_pixel = model.log_joint(
+        x[:, None].expand(3, 1200, 20, 2).reshape(-1, 20, 2), flat.transpose(0, 1).flatten(0, 1)
+    )
+    expected = per_pixel.logsumexp(-2).reshape(3, 3, 400, 20).permute(1, 2, 0, 3)
     torch.testing.assert_close(value(data, "log_likelihood", "x"), expected.detach())
     assert data["log_likelihood"]["x"].dims == ("chain", "draw", "image", "pixel")
     torch.testing.assert_close(value(data, "observed_data", "x"), x)
@@ -112,21 +115,20 @@ def test_every_strategy_with_a_density(strategy_name, model_name):
 def test_images_are_predicted_as_the_model_generates_them():
     """Ownership included: p(z | θ) of the declared model, by enumeration."""
     model = MODELS["owned Bernoulli"](proper=True)
-    with torch.no_grad():
-        model.decoder.linear.weight.mul_(3)
-    strategy, x = GradientEM(model, iterations=2, steps=2), images(2)
-    posterior = strategy.infer(x)
-    data = to_arviz(posterior, x, strategy=strategy, width=1e-6, draws=1000)
+    strategy, x, theta = GradientEM(model, iterations=1), images(2), 3 * torch.randn(2, 3, 5)
+    posterior = strategy.infer(x, keep_trace=False)._replace(theta=theta, q=dist.Delta(theta, event_dim=2))
+    data = to_arviz(posterior, x, strategy=strategy, width=1e-6, draws=500)
     psi = model.decode(posterior.theta)
     weights = (model.log_mixing[:, None] - model.ownership * model.log_unowned(psi)).softmax(-2)
     expected = (weights[..., None] * psi.sigmoid()).sum(-3).detach()
     plain = psi.sigmoid().mean(-3)
     found = value(data, "posterior_predictive", "x")
     assert set(found.unique().tolist()) == {0.0, 1.0}
-    error = (expected * (1 - expected) / 4000).sqrt()
+    error = (expected * (1 - expected) / 2000).sqrt()
     assert bool(((found.mean((0, 1)) - expected).abs() < 4.5 * error).all())
     assert bool(((found.mean((0, 1)) - plain).abs() > 4.5 * error).any())
-    torch.testing.assert_close(value(data, "responsibilities", "gamma"), posterior.gamma, rtol=0, atol=1e-4)
+    gamma = model.responsibilities(x, theta).detach()
+    torch.testing.assert_close(value(data, "responsibilities", "gamma"), gamma, rtol=0, atol=1e-4)
     assert data["responsibilities"]["gamma"].dims == ("image", "component", "pixel")
 
 
@@ -140,23 +142,23 @@ def test_a_sampler_has_its_own_chains():
     assert diverging.dtype == bool
     np.testing.assert_array_equal(diverging, posterior.q.diverging)
     theta = posterior.q.draws.flatten(0, 1)
-    lp = strategy.model.log_evidence(x.repeat(80, 1, 1), theta.flatten(0, 1)).reshape(80, 2)
-    lp = (lp + strategy.model.log_prior(theta)).detach().reshape(2, 40, 2)
+    lp = strategy.model.log_evidence(x.repeat(40, 1, 1), theta.flatten(0, 1)).reshape(40, 2)
+    lp = (lp + strategy.model.log_prior(theta)).detach().reshape(2, 20, 2)
     torch.testing.assert_close(value(data, "sample_stats", "lp"), lp)
     # Draws without a density have no log q(θ).
     assert not {"elbo", "divergence", "theta_entropy"} & set(data["sample_stats"])
     assert "iterations" not in data
-    for options in ({"chains": 2}, {"draws": 40}, {"width": 0.1}):
+    for options in ({"chains": 2}, {"draws": 20}, {"width": 0.1}):
         with pytest.raises(
-            StrategyError, match=r"NUTS has chains and draws of its own, \(2, 40\): leave chains, draws"
+            StrategyError, match=r"NUTS has chains and draws of its own, \(2, 20\): leave chains, draws"
         ):
             to_arviz(posterior, x, strategy=strategy, **options)
     together = Posterior.concatenate([posterior, posterior])
     twice = to_arviz(together, torch.cat([x, x]), strategy=strategy)
     torch.testing.assert_close(value(twice, "posterior", "theta"), posterior.q.draws.repeat(1, 1, 2, 1, 1))
     np.testing.assert_array_equal(twice["sample_stats"]["diverging"], posterior.q.diverging)
-    shorter = quietly(NUTS(strategy.model, chains=2, warmup=5, draws=6, max_tree_depth=2).infer, x)
-    with pytest.raises(StrategyError, match=r"different numbers of chains and draws, \[\(2, 6\), \(2, 40\)\]"):
+    shorter = quietly(NUTS(strategy.model, chains=2, warmup=5, draws=10, max_tree_depth=2).infer, x)
+    with pytest.raises(StrategyError, match=r"different numbers of chains and draws, \[\(2, 10\), \(2, 20\)\]"):
         to_arviz(Posterior.concatenate([posterior, shorter]), torch.cat([x, x]), strategy=strategy)
 
 
@@ -301,7 +303,7 @@ def saved(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("saved")
     model, strategy, x = exact()
-    sampler = NUTS(model, chains=2, warmup=100, draws=200)
+    sampler = NUTS(model, chains=2, warmup=50, draws=200, max_tree_depth=4)
     iterative = STRATEGIES["iterative vi"](MODELS["owned Bernoulli"](proper=True))
     small = images(2)
     found = {

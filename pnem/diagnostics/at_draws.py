@@ -16,6 +16,8 @@ __all__ = ["IMAGE", "SAMPLE", "after_iterations", "as_numpy", "at_draws"]
 
 SAMPLE = ("chain", "draw")
 IMAGE = ("image", "pixel", "channel")
+# Draws decoded at once.
+CHUNK = 10
 # What each term is at a draw of θ.
 TERMS = {
     "expected_log_joint": "Q = E[log p(x, z | θ)] over q(z)",
@@ -56,20 +58,20 @@ def at_draws(
     start = state_of(strategy.model, posterior, x)._replace(distribution=density)
     mean_gamma = torch.zeros_like(start.gamma, dtype=torch.float64)
     every = theta.flatten(0, 1)
-    for draw in every:
-        state = state_at(strategy, start, draw, x)
+    for part in every.split(CHUNK):
+        state = state_at(strategy, start, part, x)
         terms = terms_at(strategy, state)
         for name in TERMS:
             values[name].append(as_numpy(getattr(terms, name)))
         values["lp"].append(as_numpy(terms.reconstruction + terms.log_prior + terms.log_mixing_prior))
         values["log_likelihood"].append(as_numpy(state.log_joint.logsumexp(-2)))
         values["predictive"].append(as_numpy(_predictive(strategy.model, state, x)))
-        mean_gamma += state.gamma / len(every)
+        mean_gamma += state.gamma.sum(0) / len(every)
         if keep_gamma:
             values["gamma"].append(as_numpy(state.gamma))
 
     def stacked(name: str) -> np.ndarray:
-        array = np.stack(values.pop(name))
+        array = np.concatenate(values.pop(name))
         return array.reshape(*theta.shape[:2], *array.shape[1:])
 
     gamma: Variable = (("image", "component", "pixel"), as_numpy(mean_gamma.to(start.gamma.dtype)))
@@ -86,7 +88,7 @@ def at_draws(
 
 
 def _predictive(model: SpatialMixture, state: State, x: Tensor) -> Tensor:
-    """Images drawn at a state's θ, z and all: (B, D, C)."""
+    """Images drawn at a state's θ, z and all: (..., B, D, C)."""
     D = x.shape[-2]
     psi = state.psi.expand(*state.psi.shape[:-2], D, -1)
     log_weights = state.log_mixing.unsqueeze(-1).expand(psi.shape[:-1])
@@ -94,7 +96,7 @@ def _predictive(model: SpatialMixture, state: State, x: Tensor) -> Tensor:
         log_weights = log_weights - model.ownership * model.log_unowned(psi)
     # Gumbel's way of drawing from softmax(log weights).
     z = (log_weights - torch.empty_like(log_weights).exponential_().log()).argmax(-2)
-    chosen = z[:, None, :, None].expand(-1, 1, -1, psi.shape[-1])
+    chosen = z[..., None, :, None].expand(*psi.shape[:-3], 1, *psi.shape[-2:])
     return model.likelihood.distribution(psi.gather(-3, chosen).squeeze(-3)).sample().to(x.dtype)
 
 
