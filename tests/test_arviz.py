@@ -192,6 +192,13 @@ def test_a_delta_takes_a_width():
     np.testing.assert_allclose(data["iterations"]["elbo"][-1], posterior.elbo_trace[-1], rtol=1e-5)
 
 
+def test_arviz_loads_when_it_is_first_used():
+    heavy = {"arviz", "xarray", "lightning", "matplotlib"}
+    code = f"import sys, pnem.diagnostics; print(sorted({heavy} & sys.modules.keys()))"
+    result = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]"
+
+
 def test_names_and_attributes():
     model = MODELS["owned Normal"](proper=True)
     strategy, x = STRATEGIES["iterative vi"](model), images(2)
@@ -291,7 +298,8 @@ def python_with_arviz_1(folder):
     subprocess.run([name, "-m", "venv", folder], check=True)
     python = str(folder / "bin" / "python")
     packages = ["arviz==1.*", "matplotlib", "h5netcdf", "h5py"]
-    made = subprocess.run([python, "-m", "pip", "install", "-q", *packages], capture_output=True, text=True)
+    command = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--only-binary=:all:", *packages]
+    made = subprocess.run(command, capture_output=True, text=True)
     if made.returncode:
         pytest.skip(f"ArviZ 1.x cannot be installed here: {made.stderr.strip().splitlines()[-1]}")
     return python

@@ -63,7 +63,7 @@ def to_arviz(
     The log-likelihood of whole images is `sample_stats.log_evidence`. With ownership both are of the declared joint
     density, which is not normalised over x: nats of models with different ownership do not compare.
 
-    S draws of B images take about S·B·D·(1 + C) numbers of memory, so give it a few images, or few draws.
+    S draws of B images take S·B·D·(1 + C) numbers of memory: give it a few images, or few draws.
 
     Args:
         source: a `Run`, whose strategy infers `x`; or the `Posterior` that a strategy gave for `x`.
