@@ -2,6 +2,7 @@
 
 import io
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from pnem.diagnostics import CollapseWarning
+from pnem.diagnostics.collapse import judge
+from pnem.diagnostics.parting import parting
 from pnem.files import write_atomically
 from pnem.run_directory import HISTORY
 
-__all__ = ["BestCheckpoint", "History", "Patience", "ProgressBar", "SafeCheckpointIO"]
+__all__ = ["BestCheckpoint", "CollapseWatch", "History", "Patience", "ProgressBar", "SafeCheckpointIO"]
 
 
 class History(Callback):
@@ -48,6 +52,43 @@ class History(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
         self.rows = state_dict["rows"]
         self._seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
+
+
+class CollapseWatch(Callback):
+    """Warns of collapse as it shows in the validations, once of each kind in a training, resumed ones included.
+
+    A training that has just begun looks collapsed: components start alike, and latent dimensions have learned nothing.
+    So the validations of the first 300 steps do not count, and of the others a finding must be there in three in a row.
+    """
+
+    FIRST_STEPS = 300
+    VALIDATIONS = 3
+
+    def __init__(self, history: History):
+        self.history = history
+        self._warned: list[str] = []
+        self._in_a_row: dict[str, int] = {}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        if trainer.global_step < self.FIRST_STEPS:
+            return
+        strategy = pl_module.strategy
+        found = {
+            finding.name: finding
+            for finding in [*judge(pl_module.symptoms(), strategy), *parting(self.history.table, strategy)]
+            if finding.name not in self._warned
+        }
+        self._in_a_row = {name: self._in_a_row.get(name, 0) + 1 for name in found}
+        lasting = [finding for name, finding in found.items() if self._in_a_row[name] >= self.VALIDATIONS]
+        self._warned += [finding.name for finding in lasting]
+        for finding in lasting:
+            warnings.warn(CollapseWarning(f"epoch {trainer.current_epoch + 1}: {finding}"), stacklevel=1)
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return {"warned": self._warned, "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        self._warned, self._in_a_row = state_dict["warned"], state_dict["in_a_row"]
 
 
 class Patience(EarlyStopping):

@@ -37,7 +37,9 @@ class Run:
     Attributes:
         model: as it was at the best validation loss.
         strategy: the same.
-        history: one row per epoch: ``epoch, train_loss, train_elbo, valid_loss, valid_elbo, valid_ari, seconds``.
+        history: one row per epoch: ``epoch, train_loss, train_elbo, valid_loss, valid_elbo, valid_ari``, the terms of
+            the validation ELBO (`pnem.diagnostics.Terms`) ``valid_expected_log_joint, valid_assignment_entropy,
+            valid_log_prior, valid_theta_entropy, valid_reconstruction, valid_divergence``, and ``seconds``.
         settings: how it was built and trained.
         directory: where it is stored; None if it is not.
     """

@@ -23,6 +23,7 @@ from pnem.settings import Settings
 
 __all__ = [
     "HISTORY",
+    "TERMS",
     "RunFiles",
     "check_resumable",
     "discard_unfinished",
@@ -32,7 +33,10 @@ __all__ = [
     "save_weights",
 ]
 
-HISTORY = ["epoch", "train_loss", "train_elbo", "valid_loss", "valid_elbo", "valid_ari", "seconds"]
+# Of the ELBO after the last iteration on the validation split, as in `pnem.diagnostics.Terms`.
+TERMS = ["expected_log_joint", "assignment_entropy", "log_prior", "theta_entropy", "reconstruction", "divergence"]
+_WITHOUT_TERMS = ["epoch", "train_loss", "train_elbo", "valid_loss", "valid_elbo", "valid_ari", "seconds"]
+HISTORY = [*_WITHOUT_TERMS[:-1], *(f"valid_{term}" for term in TERMS), "seconds"]
 
 
 class RunFiles(NamedTuple):
@@ -58,17 +62,17 @@ class RunFiles(NamedTuple):
 
 
 def read_history(path: Path) -> pd.DataFrame:
-    """The table of epochs, exactly as it was written.
+    """The table of epochs, exactly as it was written; terms of the ELBO that an older pnem did not write are NaN.
 
     Raises:
         RunError: the file is missing or corrupt.
     """
     try:
         table = pd.read_csv(path, dtype=str)
-        if list(table.columns) != HISTORY:
+        if list(table.columns) not in (HISTORY, _WITHOUT_TERMS):
             raise ValueError(f"it has columns {list(table.columns)}")
         # By Python's own float: the parser's may differ in the last digit.
-        return table.map(float).astype({"epoch": int})
+        return table.reindex(columns=HISTORY).map(float).astype({"epoch": int})
     except (ValueError, OSError) as error:
         raise RunError(f"{path} is missing or corrupt, or was not written by pnem: {error}") from error
 

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from pnem.callbacks import BestCheckpoint, History, Patience, ProgressBar, SafeCheckpointIO
+from pnem.callbacks import BestCheckpoint, CollapseWatch, History, Patience, ProgressBar, SafeCheckpointIO
 from pnem.data import ImageDataset
 from pnem.devices import PRECISIONS, forked_rng, resolve_device
 from pnem.errors import DataError, RunError
@@ -42,6 +42,9 @@ def fit(
     **settings: Any,
 ) -> Run:
     """Trains `model` and `strategy` together, and returns them as they were at their best validation loss.
+
+    Warns with a `pnem.diagnostics.CollapseWarning`, once of each kind, of what `pnem.diagnostics.collapse` finds in
+    the validations: where it lasts for three in a row, and not in the first 300 steps.
 
     The model and the strategy are changed in place. Torch's global random state is left as it was.
 
@@ -173,7 +176,8 @@ def _train(
 def _callbacks(
     history: History, training: TrainingSettings, files: RunFiles, progress: bool
 ) -> list[lightning.Callback]:
-    callbacks: list[lightning.Callback] = [history]
+    # The watch reads the history's row of its epoch.
+    callbacks: list[lightning.Callback] = [history, CollapseWatch(history)]
     if progress:
         callbacks.append(ProgressBar())
     if training.patience is not None:

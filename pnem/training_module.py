@@ -9,17 +9,22 @@ import torch
 from torch import Tensor
 
 from pnem.data import Batch
+from pnem.diagnostics import terms_at
+from pnem.diagnostics.symptoms import Symptoms, symptoms
 from pnem.errors import RunError
 from pnem.inference import Objective, State, Strategy
 from pnem.loading import check_images
 from pnem.metrics import adjusted_rand_index, mean_and_standard_error
 from pnem.models import SpatialMixture
+from pnem.run_directory import TERMS
 from pnem.settings import TrainingSettings
 
 __all__ = ["TrainingModule"]
 
 # Between these steps no metric is read, for which a GPU would have to wait.
 CHECK_EVERY = 50
+# Validation images of every epoch that are looked at for collapse.
+WATCHED = 500
 
 
 class Outcome(NamedTuple):
@@ -56,9 +61,13 @@ class TrainingModule(lightning.LightningModule):
 
     def outcome(self, x: Tensor) -> Outcome:
         """The losses of one unroll on images `x` (B, D, C)."""
+        return self._unrolled(x)[0]
+
+    def _unrolled(self, x: Tensor) -> tuple[Outcome, State]:
+        """`outcome`, and the last state."""
         states = self.strategy.unroll(x)
         loss, elbo = self.objective(self.strategy, states, x)
-        return Outcome(loss, elbo.mean(), states[-1].gamma)
+        return Outcome(loss, elbo.mean(), states[-1].gamma), states[-1]
 
     def iteration(self, state: State, x_in: Tensor, x: Tensor) -> tuple[State, Tensor]:
         """The next state and its mean loss: a pure function of tensors, the unit that is compiled."""
@@ -108,8 +117,12 @@ class TrainingModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: D102
         x = batch.x.to(self.model.mixing_logits.dtype)
-        outcome = self.outcome(x)
+        outcome, state = self._unrolled(x)
         self._valid.append(torch.stack([outcome.loss, outcome.elbo]) * len(x))
+        terms = terms_at(self.strategy, state)
+        self._terms.append(torch.stack([getattr(terms, name).sum() for name in TERMS]))
+        if self._valid_images < WATCHED:
+            self._symptoms.append(symptoms(self.model, state, x))
         self._valid_images += len(x)
         if batch.groups is not None:
             self._ari.append(adjusted_rand_index(batch.groups, outcome.gamma.argmax(-2)))
@@ -126,9 +139,15 @@ class TrainingModule(lightning.LightningModule):
             "valid_loss": valid_loss,
             "valid_elbo": valid_elbo,
         }
+        terms = torch.stack(self._terms).sum(0) / self._valid_images
+        metrics |= {f"valid_{name}": value for name, value in zip(TERMS, terms, strict=True)}
         if self._ari:
             metrics["valid_ari"] = torch.tensor(mean_and_standard_error(torch.cat(self._ari)).mean)
         self.log_dict(metrics)
+
+    def symptoms(self) -> Symptoms:
+        """What this epoch's validation showed of collapse."""
+        return Symptoms.concatenate(self._symptoms)
 
     def mean_train_loss(self) -> float | None:
         """Over the last steps of this epoch, in nats per image; None before the first."""
@@ -150,6 +169,8 @@ class TrainingModule(lightning.LightningModule):
     def _reset(self) -> None:
         self._train: list[Tensor] = []
         self._valid: list[Tensor] = []
+        self._terms: list[Tensor] = []
+        self._symptoms: list[Symptoms] = []
         self._ari: list[Tensor] = []
         self._valid_images = 0
 

@@ -1,9 +1,11 @@
 """Is inference any good, what is it losing, and would another strategy be better? All in nats."""
 
 from pnem.diagnostics.arviz_adapter import to_arviz
+from pnem.diagnostics.collapse import CollapseWarning, collapse
 from pnem.diagnostics.findings import Finding
 from pnem.diagnostics.terms import Terms, elbo_terms, terms_at
 from pnem.diagnostics.tracing import Trace, trace
 
 __all__ = ["Finding", "Terms", "Trace", "elbo_terms", "terms_at", "trace"]
 __all__ = ["Finding", "Terms", "elbo_terms", "terms_at", "to_arviz"]
+__all__ = ["CollapseWarning", "Finding", "Terms", "collapse", "elbo_terms", "terms_at"]
