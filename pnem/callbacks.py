@@ -58,10 +58,10 @@ class CollapseWatch(Callback):
     """Warns of collapse as it shows in the validations, once of each kind in a training, resumed ones included.
 
     A training that has just begun looks collapsed: components start alike, and latent dimensions have learned nothing.
-    So the validations of the first 300 steps do not count, and of the others a finding must be there in three in a row.
+    So the validations of the first 500 steps do not count, and of the others a finding must be there in three in a row.
     """
 
-    FIRST_STEPS = 300
+    FIRST_STEPS = 500
     VALIDATIONS = 3
 
     def __init__(self, history: History):

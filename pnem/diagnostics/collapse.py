@@ -59,7 +59,8 @@ def collapse(
     - *duplicated components*: in most images two components explain the same pixels alike.
     - *posterior collapse*: at least half of the latent dimensions are inactive: the mean of q(θ) varies over images by
       less than 0.01 (Burda et al. 2016, "Importance weighted autoencoders"), for each component, and averaged over
-      them, so that a component of its own for each index does not count as activity. Not for a Delta.
+      them, so that a component of its own for each index does not count as activity. Not for a Delta; and the means
+      of a sampler have the error of its draws, which takes some hundreds to be below.
     - *one component explains everything*: it has over 99 % of the image, in most images.
     - *saturated decoder*: over 0.5 % of the pixels are predicted wrongly with such confidence that each costs over 10
       nats: for Bernoulli pixels a logit beyond ±10, for Normal ones a mean 4.5 σ away. Confident right predictions,
@@ -159,6 +160,8 @@ def _one_for_all(seen: Symptoms, strategy: Strategy) -> list[Finding]:
     ideas.append(f"components that cannot draw a whole image: fewer than {model.latent_features} latent_features")
     if not model.has_proper_prior:
         ideas.append('or prior="standard_normal" with IterativeVI')
+    if model.mixing_kind == "learned":
+        ideas.append('mixing="uniform"')
     if strategy.noise is None:
         ideas.append("input noise")
     what = f"in {share:.0%} of {len(shares)} images one component has over {ALL:.0%} of the pixels that are divided"
@@ -204,7 +207,11 @@ def _saturated(seen: Symptoms, strategy: Strategy) -> list[Finding]:
         learned = likelihood.log_sigma.requires_grad
         sigma = ", ".join(f"{value:.2g}" for value in torch.atleast_1d(likelihood.sigma.detach()).tolist())
         detail = f"means over 4.5 σ away, with σ = {sigma}"
-        advice = "fix sigma at what the residuals show" if learned else "raise sigma, or give learn_sigma=True"
+        advice = (
+            "fix sigma at what the residuals show"
+            if learned
+            else "raise sigma to what the residuals show, or give learn_sigma=True"
+        )
     else:
         detail = "logits beyond ±10 on the wrong side" if isinstance(likelihood, Bernoulli) else "over 10 nats each"
         advice = "lower learning_rate, give gradient_clip, or use a smaller decoder or one with layer_norm=True"

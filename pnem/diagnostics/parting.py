@@ -58,6 +58,8 @@ def _advice(strategy: Strategy, epochs: int) -> str:
     ideas = [f"fewer than {model.latent_features} latent_features"]
     if not model.has_proper_prior:
         ideas.append('a proper prior, SpatialMixture(..., prior="standard_normal"), with IterativeVI')
+    if model.mixing_kind == "learned":
+        ideas.append('mixing="uniform"')
     if strategy.noise is None:
         ideas.append("input noise")
     return f"limit what one component can draw: {', '.join(ideas)}; meanwhile train for epochs={epochs}"
