@@ -1,5 +1,6 @@
 """What pnem adds to Lightning's callbacks: a history of epochs, and resuming that forgets nothing."""
 
+import contextlib
 import io
 import time
 import warnings
@@ -82,13 +83,19 @@ class CollapseWatch(Callback):
         lasting = [finding for name, finding in found.items() if self._in_a_row[name] >= self.VALIDATIONS]
         self._warned += [finding.name for finding in lasting]
         for finding in lasting:
-            warnings.warn(CollapseWarning(f"epoch {trainer.current_epoch + 1}: {finding}"), stacklevel=1)
+            with _beside(trainer.progress_bar_callback):
+                warnings.warn(CollapseWarning(f"epoch {trainer.current_epoch + 1}: {finding}"), stacklevel=1)
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
         return {"warned": self._warned, "in_a_row": self._in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
         self._warned, self._in_a_row = state_dict["warned"], state_dict["in_a_row"]
+
+
+def _beside(bar: Callback | None) -> contextlib.AbstractContextManager[None]:
+    """Takes a progress bar off its line while something else is written."""
+    return bar.train_progress_bar.external_write_mode() if isinstance(bar, ProgressBar) else contextlib.nullcontext()
 
 
 class Patience(EarlyStopping):
