@@ -60,6 +60,7 @@ class CollapseWatch(Callback):
 
     A training that has just begun looks collapsed: components start alike, and latent dimensions have learned nothing.
     So the validations of the first 500 steps do not count, and of the others a finding must be there in three in a row.
+    Latent dimensions that are not needed stay unused in good fits: only where all are does it warn.
     """
 
     FIRST_STEPS = 500
@@ -76,7 +77,7 @@ class CollapseWatch(Callback):
         strategy = pl_module.strategy
         found = {
             finding.name: finding
-            for finding in [*judge(pl_module.symptoms(), strategy), *parting(self.history.table, strategy)]
+            for finding in [*judge(pl_module.symptoms(), strategy, inactive=1), *parting(self.history.table, strategy)]
             if finding.name not in self._warned
         }
         self._in_a_row = {name: self._in_a_row.get(name, 0) + 1 for name in found}

@@ -44,7 +44,8 @@ def fit(
     """Trains `model` and `strategy` together, and returns them as they were at their best validation loss.
 
     Warns with a `pnem.diagnostics.CollapseWarning`, once of each kind, of what `pnem.diagnostics.collapse` finds in
-    the validations: where it lasts for three in a row, and not in the first 500 steps.
+    the validations: where it lasts for three in a row, and not in the first 500 steps; of latent dimensions, where all
+    are inactive.
 
     The model and the strategy are changed in place. Torch's global random state is left as it was.
 

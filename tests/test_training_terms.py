@@ -20,10 +20,18 @@ NEW = [f"valid_{name}" for name in TERMS]
 FREE_ENERGY = ["valid_expected_log_joint", "valid_assignment_entropy", "valid_log_prior", "valid_theta_entropy"]
 
 
-def vae(sigma, *, K=1, shape=(8, 8, 1)):
+class HalfBlind(decoders.MLP):
+    """Sees the first half of θ."""
+
+    def forward(self, theta):
+        return super().forward(theta * (torch.arange(theta.shape[-1]) < theta.shape[-1] // 2))
+
+
+def vae(sigma, *, K=1, shape=(8, 8, 1), decoder=None):
     torch.manual_seed(0)
     likelihood = Bernoulli() if sigma is None else Normal(sigma)
-    model = SpatialMixture(decoders.MLP(3, shape, hidden=(8,)), likelihood, K, prior="standard_normal")
+    decoder = decoder or decoders.MLP(3, shape, hidden=(8,))
+    model = SpatialMixture(decoder, likelihood, K, prior="standard_normal")
     return model, VAE(model, encoder=encoders.MLP(shape, hidden=(8,)))
 
 
@@ -113,11 +121,11 @@ def test_a_history_with_some_of_the_terms_was_not_written_by_pnem(tmp_path):
 # --- warnings
 
 
-def collapsing(out=None, *, sigma=10.0, count=40, **settings):
+def collapsing(out=None, *, sigma=10.0, count=40, decoder=None, **settings):
     """A training in which q(θ) stays at the prior: 10 steps an epoch."""
     data = {"training": ImageDataset(*two_bars(40, seed=1)), "validation": ImageDataset(*two_bars(count))}
     defaults = {"epochs": 6, "batch_size": 4, "learning_rate": 0.01, "device": "cpu", "progress": False}
-    model, strategy = vae(sigma)
+    model, strategy = vae(sigma, decoder=decoder)
     return pnem.fit(model, strategy, data, out=out, **defaults | settings)
 
 
@@ -178,6 +186,14 @@ def test_a_healthy_training_does_not_warn():
     assert messages == []
 
 
+@pytest.mark.usefixtures("_soon")
+def test_latent_dimensions_that_are_not_needed_are_a_finding_but_no_warning():
+    run, messages = warned(collapsing, sigma=0.3, decoder=HalfBlind(6, (8, 8, 1), hidden=(8,)), epochs=20)
+    (finding,) = collapse(run, {"validation": ImageDataset(*two_bars(40))})
+    assert (finding.name, finding.value) == ("posterior collapse", 3)
+    assert messages == []
+
+
 def test_a_training_that_has_just_begun_does_not_warn():
     # 60 steps, of the 500 that do not count.
     assert warned(collapsing)[1] == []
@@ -192,7 +208,7 @@ def test_too_few_validation_images_are_not_judged():
 def test_a_finding_that_goes_away_starts_anew(monkeypatch):
     found = iter([1, 1, 0, 1, 1, 1, 1])
     finding = pnem.diagnostics.Finding("dead components", "seen", 1.0, "advice")
-    monkeypatch.setattr("pnem.callbacks.judge", lambda *_: [finding] * next(found))
+    monkeypatch.setattr("pnem.callbacks.judge", lambda *_, **__: [finding] * next(found))
     _, messages = warned(collapsing, epochs=8)
     # From step 20, in epoch 2, on: epochs 5, 6 and 7 are the first three in a row.
     assert messages == ["epoch 7: dead components: seen; advice"]

@@ -98,13 +98,16 @@ def _own_data(run: "Run") -> str:
     return source
 
 
-def judge(seen: Symptoms, strategy: Strategy) -> list[Finding]:
-    """The findings in what was seen of images, all but those in the history; none where fewer than 30 can be judged."""
+def judge(seen: Symptoms, strategy: Strategy, *, inactive: float = INACTIVE) -> list[Finding]:
+    """The findings in what was seen of images, all but those in the history; none where fewer than 30 can be judged.
+
+    A posterior has collapsed where at least the share `inactive` of the latent dimensions is.
+    """
     alone = _one_for_all(seen, strategy)
     return [
         *([] if alone else _dead(seen, strategy)),
         *_duplicated(seen, strategy),
-        *_inactive(seen, strategy),
+        *_inactive(seen, strategy, inactive),
         *alone,
         *_saturated(seen, strategy),
     ]
@@ -168,12 +171,12 @@ def _one_for_all(seen: Symptoms, strategy: Strategy) -> list[Finding]:
     return [Finding("one component explains everything", what, share, f"try {'; '.join(ideas)}")]
 
 
-def _inactive(seen: Symptoms, strategy: Strategy) -> list[Finding]:
+def _inactive(seen: Symptoms, strategy: Strategy, share: float) -> list[Finding]:
     if seen.location is None or len(seen) < MINIMUM:
         return []
     inactive = seen.location.double().var(0).mean(0) < ACTIVE
     count, M = int(inactive.sum()), len(inactive)
-    if count < INACTIVE * M:
+    if count < share * M:
         return []
     what = (
         f"{count} of {M} latent dimensions say nothing of the image: over {len(seen)} images the mean of q(θ) has a "
