@@ -125,18 +125,36 @@ class SemiAmortised(Strategy):
             return state._replace(memory=_pack([start, value, gradient, size, *kept], state))
 
     def improve(self, state: State, x_in: Tensor) -> State:  # noqa: D102
+        return self.choose(self.climb(state, x_in), x_in)
+
+    def climb(self, state: State, x: Tensor) -> State:
+        """The state after one more trial of a step, which only its memory knows of until `choose`."""
         with torch.no_grad():
             ascent, kept = self._unpack(state)
-            ascent = ascent.tried(
-                lambda point: self._value_and_gradient(point, state, x_in), _metric(ascent.point, state)
-            )
-            memory, point = _pack([*ascent, *kept], state), ascent.point
+            ascent = ascent.tried(lambda point: self._value_and_gradient(point, state, x), _metric(ascent.point, state))
+            return state._replace(memory=_pack([*ascent, *kept], state))
+
+    def choose(self, state: State, x: Tensor, *, certain: float = CERTAIN) -> State:
+        """The state at where the ascent stands; of a normal q, the start's where that is not better on other draws.
+
+        Args:
+            state: as `climb` returns it.
+            x: the images (B, D, C).
+            certain: by how many standard errors it has to be better.
+        """
+        with torch.no_grad():
+            ascent, kept = self._unpack(state)
+            point = ascent.point
             if kept:
                 start, before = kept
-                rise = self._held_out_elbos(point, state, x_in) - before
-                better = _is_positive(rise, self._control(point, start))
+                rise = self._held_out_elbos(point, state, x) - before
+                better = _is_positive(rise, self._control(point, start), certain)
                 point = torch.where(better.unsqueeze(-1), point, start)
-        return _shifted(state, point)._replace(memory=memory)
+        return _shifted(state, point)
+
+    def objective(self, state: State) -> Tensor:
+        """What is climbed, where the ascent stands: it never falls; (B,), in nats up to a constant."""
+        return self._unpack(state)[0].value
 
     def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102
         return self.improve(state, x_in).theta
@@ -207,14 +225,17 @@ def _matched(count: int, shape: tuple[int, int], generator: torch.Generator) -> 
     return draws.unflatten(-1, shape)
 
 
-def _is_positive(values: Tensor, control: Tensor) -> Tensor:
-    """Whether the mean of what `values` (B, n) are draws of is certainly positive, by a control variate: (B,)."""
+def _is_positive(values: Tensor, control: Tensor, certain: float) -> Tensor:
+    """Whether the mean of what `values` (B, n) are draws of is positive, and how certainly: (B,).
+
+    It is estimated with a control variate, and has to be `certain` standard errors above zero.
+    """
     centred = control - control.mean(-1, keepdim=True)
     spread = centred.square().sum(-1, keepdim=True)
     # Where q has not moved, nothing of it is random. A rise that is NaN stays so, and is not positive.
     slope = torch.where(spread > 0, (centred * values).sum(-1, keepdim=True) / spread, 0.0)
     values = values - slope * control
-    return values.mean(-1) > CERTAIN * values.std(-1) / values.shape[-1] ** 0.5
+    return values.mean(-1) > certain * values.std(-1) / values.shape[-1] ** 0.5
 
 
 def _point(state: State) -> Tensor:
