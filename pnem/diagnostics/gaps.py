@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -112,7 +113,7 @@ class InferenceGap:
     @classmethod
     def concatenate(cls, parts: Sequence["InferenceGap"]) -> "InferenceGap":
         """The gaps of the images of several, in their order, of one strategy by one estimator."""
-        of_images = {
+        of_images: dict[str, Any] = {
             field.name: torch.cat([getattr(part, field.name) for part in parts])
             for field in fields(cls)
             if isinstance(getattr(parts[0], field.name), Tensor)

@@ -8,6 +8,7 @@ those of `STYLE` while a figure is made, and afterwards what they were.
 from pnem.plots.curves import bound, elbo_by_iteration, training_curves
 from pnem.plots.elbo import elbo_terms
 from pnem.plots.entropy import entropy_maps
+from pnem.plots.gaps import inference_gap
 from pnem.plots.images import overview
 from pnem.plots.mixtures import mixture_1d, mixture_2d
 from pnem.plots.palette import component_colours
@@ -21,6 +22,7 @@ __all__ = [
     "elbo_by_iteration",
     "elbo_terms",
     "entropy_maps",
+    "inference_gap",
     "mixture_1d",
     "mixture_2d",
     "overview",
