@@ -154,6 +154,25 @@ def test_joint_density_at_a_delta_never_falls(make, model_name, proper):
 
 
 @float64
+def test_its_objective_never_falls_and_without_certainty_more_is_taken():
+    model, x = MODELS["plain Bernoulli"](proper=True), images(30)
+    strategy = SemiAmortised(vae(model))
+    state = strategy.init(x)
+    start, objective = state.location, strategy.objective(state)
+    for _ in range(10):
+        state = strategy.climb(state, x)
+        assert bool((strategy.objective(state) >= objective).all())
+        objective = strategy.objective(state)
+    assert torch.equal(state.location, start)
+    kept = [
+        (strategy.choose(state, x, certain=certain).location == start).all(-1).all(-1) for certain in (0.0, 3.0, 1e9)
+    ]
+    assert bool((kept[0] <= kept[1]).all())
+    assert kept[2].all()
+    assert not kept[0].all()
+
+
+@float64
 def test_a_delta_ends_where_the_gradient_is_zero():
     model = MODELS["tied Bernoulli"]()
     x = images(5)

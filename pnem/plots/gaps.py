@@ -60,7 +60,7 @@ def inference_gap(gaps: "Mapping[str, InferenceGap]") -> Figure:
         axes.tick_params(axis="y", length=0)
         low, high = axes.get_xlim()
         # Room for the numbers.
-        axes.set_xlim(low, high + 0.22 * (high - low))
+        axes.set_xlim(low, high + 0.26 * (high - low))
     # The label of the axis says what the bars of Deltas are.
     handles = [
         Patch(color=colour, label=part) for part, colour in COLOURS.items() if part in shown - {"optimality gap"}
