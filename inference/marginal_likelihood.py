@@ -22,6 +22,7 @@ __all__ = [
     "evidence_lower_bound",
     "exact_log_marginal",
     "importance_weighted_bound",
+    "log_weights",
     "prior_monte_carlo",
 ]
 
@@ -98,7 +99,7 @@ def evidence_lower_bound(
     check_counts(samples=samples, chunk=chunk)
     q = proposal(model, strategy, x, width=width, posterior=posterior)
     count, mean, scatter = 0, torch.zeros(()), torch.zeros(())
-    for weights in _log_weights(model, q, x, samples, chunk):
+    for weights in log_weights(model, q, x, samples, chunk):
         n, shift = len(weights), weights.mean(0) - mean
         scatter = scatter + (weights - weights.mean(0)).square().sum(0) + shift.square() * count * n / (count + n)
         mean = mean + shift * n / (count + n)
@@ -131,10 +132,10 @@ def prior_monte_carlo(model: SpatialMixture, x: Tensor, *, samples: int = 500, c
     return _importance_weighted(model, prior_of_images(model, len(x)), x, samples, chunk)
 
 
-def _log_weights(
+def log_weights(
     model: SpatialMixture, q: dist.TorchDistribution, x: Tensor, samples: int, chunk: int
 ) -> Iterator[Tensor]:
-    """log p(x, θ_l) − log q(θ_l), chunk by chunk: (n, B)."""
+    """log p(x, θ_l) − log q(θ_l) of L draws θ_l ~ q, chunk by chunk: (n, B), in double precision."""
     for first in range(0, samples, chunk):
         theta = q.sample(torch.Size([min(chunk, samples - first)]))
         yield log_joint_of_theta(model, x, theta).double() - q.log_prob(theta).double()
@@ -144,7 +145,7 @@ def _importance_weighted(
     model: SpatialMixture, q: dist.TorchDistribution, x: Tensor, samples: int, chunk: int
 ) -> Estimate:
     total = squares = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
-    for weights in _log_weights(model, q, x, samples, chunk):
+    for weights in log_weights(model, q, x, samples, chunk):
         total, squares = total.logaddexp(weights.logsumexp(0)), squares.logaddexp((2 * weights).logsumexp(0))
     return log_mean_weight(total, squares, samples)
 
