@@ -2,6 +2,7 @@
 
 from pnem.diagnostics.arviz_adapter import to_arviz
 from pnem.diagnostics.collapse import CollapseWarning, collapse
+from pnem.diagnostics.calibration import Calibration, calibration
 from pnem.diagnostics.findings import Finding
 from pnem.diagnostics.gaps import InferenceGap, inference_gap
 from pnem.diagnostics.psis import psis_k_hat
@@ -13,3 +14,4 @@ __all__ = ["Finding", "Terms", "elbo_terms", "terms_at", "to_arviz"]
 __all__ = ["CollapseWarning", "Finding", "Terms", "collapse", "elbo_terms", "terms_at"]
 __all__ = ["Finding", "InferenceGap", "Terms", "elbo_terms", "inference_gap", "terms_at"]
 __all__ = ["Finding", "Terms", "elbo_terms", "psis_k_hat", "terms_at"]
+__all__ = ["Calibration", "Finding", "Terms", "calibration", "elbo_terms", "psis_k_hat", "terms_at"]

@@ -22,9 +22,9 @@ def psis_k_hat(log_weights: Tensor) -> Tensor:
     r"""The shape k̂ of the generalised Pareto distribution that the largest weights of each image follow.
 
     Weights of a tail with shape k have 1/k finite moments (Vehtari, Simpson, Gelman, Yao & Gabry 2024, "Pareto smoothed
-    importance sampling"): up to k̂ = 0.7 estimates from a few thousand of them can be trusted; above, q(θ) misses parts
-    of p(θ | x), and neither estimates nor their standard errors mean much (Yao, Vehtari, Simpson & Gelman 2018). The fit
-    to about 3 √L of L weights is ArviZ's, of either major release; its two versions differ by some 0.01.
+    importance sampling"). Up to k̂ = 0.7, estimates from a few thousand of them can be trusted; above, q(θ) misses parts
+    of p(θ | x), and neither estimates nor their standard errors mean much (Yao, Vehtari, Simpson & Gelman 2018). The
+    tail is about 3 √L of L weights, and its fit is ArviZ's, whose major releases differ by a few hundredths.
 
     The weights are those of θ, with z summed out: p(x, θ) / q(θ). They are drawn where q is, and so k̂ knows nothing of
     a mode of p(θ | x) that q never visits, such as the other orders of K components.
@@ -33,8 +33,8 @@ def psis_k_hat(log_weights: Tensor) -> Tensor:
         log_weights: log p(x, θ_l) − log q(θ_l) of L draws for each image, (L, B).
 
     Returns:
-        (B,), in double precision: −∞ where the largest weights are equal to a thousandth, as those of the exact posterior
-        are; ∞ where the tail cannot be fitted, because hardly any weight is above zero; NaN where a weight is NaN or ∞.
+        (B,), in double precision: −∞ where the largest weights are equal to a thousandth, as the exact posterior's are;
+        ∞ where the tail cannot be fitted, because hardly any weight is above zero; NaN where a weight is NaN or ∞.
 
     Raises:
         DataError: a shape that is not (L, B), or L < 30.
