@@ -20,6 +20,8 @@ from pnem.models import SpatialMixture
 
 __all__ = ["ClassicalEM"]
 
+FITS_NOTHING = "with a linear decoder infer fits nothing: leave all but x out, or use fit"
+
 
 class ClassicalEM(Strategy):
     r"""Expectation maximisation with a closed-form M-step (Dempster, Laird & Rubin 1977).
@@ -112,6 +114,12 @@ class ClassicalEM(Strategy):
         dtype = self.model.mixing_logits.dtype
         return Fit(theta.to(dtype), parameters.log_mixing[0].to(dtype), evidence.to(dtype), converged)
 
+    def check_infer(self, restarts: int, iterations: int, gamma: Tensor | None) -> None:
+        """See `Strategy.check_infer`: with a linear decoder q(θ) is the exact posterior, and there are no starts."""
+        if not self.rule.local and (restarts != 1 or gamma is not None):
+            raise StrategyError(FITS_NOTHING)
+        super().check_infer(restarts, iterations, gamma)
+
     def infer(
         self,
         x: Tensor,
@@ -137,8 +145,9 @@ class ClassicalEM(Strategy):
             if not isinstance(x, Tensor):
                 raise StrategyError(f"x must be a tensor (B, D, C), but is a {type(x).__name__}; chunks are for fit")
             if not self.rule.local:
-                if restarts != 1 or not all(given is None for given in (iterations, gamma, theta, weight)):
-                    raise StrategyError("with a linear decoder infer fits nothing: leave all but x out, or use fit")
+                self.check_infer(restarts, self.iterations, gamma)
+                if not all(given is None for given in (iterations, theta, weight)):
+                    raise StrategyError(FITS_NOTHING)
                 return self._factors(x)
             parameters, evidence, _, items = self._climb(
                 x, restarts, iterations, gamma=gamma, theta=theta, weight=weight
