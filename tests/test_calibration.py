@@ -257,7 +257,7 @@ def test_a_quantity_that_is_nan_is_not_hidden():
     class Broken(ClassicalEM):
         def infer(self, x: Tensor, **options: object) -> Posterior:
             posterior = super().infer(x)
-            return posterior._replace(q=dist.Normal(posterior.theta, math.nan, validate_args=False).to_event(2))
+            return posterior._replace(q=dist.Normal(posterior.theta * math.nan, 1.0, validate_args=False).to_event(2))
 
     with pytest.raises(StrategyError, match="a test quantity is NaN"):
         calibration(model, Broken(model), simulations=3)

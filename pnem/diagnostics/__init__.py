@@ -5,7 +5,10 @@ from pnem.diagnostics.collapse import CollapseWarning, collapse
 from pnem.diagnostics.calibration import Calibration, calibration
 from pnem.diagnostics.findings import Finding
 from pnem.diagnostics.gaps import InferenceGap, inference_gap
+from pnem.diagnostics.gradients import gradient_signal_to_noise
 from pnem.diagnostics.psis import psis_k_hat
+from pnem.diagnostics.reliability import Reliability, reliability
+from pnem.diagnostics.restarts import RestartSpread, restart_spread
 from pnem.diagnostics.terms import Terms, elbo_terms, terms_at
 from pnem.diagnostics.tracing import Trace, trace
 
@@ -15,3 +18,17 @@ __all__ = ["CollapseWarning", "Finding", "Terms", "collapse", "elbo_terms", "ter
 __all__ = ["Finding", "InferenceGap", "Terms", "elbo_terms", "inference_gap", "terms_at"]
 __all__ = ["Finding", "Terms", "elbo_terms", "psis_k_hat", "terms_at"]
 __all__ = ["Calibration", "Finding", "Terms", "calibration", "elbo_terms", "psis_k_hat", "terms_at"]
+__all__ = [
+    "Calibration",
+    "Finding",
+    "Reliability",
+    "RestartSpread",
+    "Terms",
+    "calibration",
+    "elbo_terms",
+    "gradient_signal_to_noise",
+    "psis_k_hat",
+    "reliability",
+    "restart_spread",
+    "terms_at",
+]

@@ -20,7 +20,7 @@ from pnem.inference.distributions import Draws
 from pnem.inference.estimates import check_counts
 from pnem.models import SpatialMixture
 
-__all__ = ["Calibration", "calibration", "why_not_simulated"]
+__all__ = ["Calibration", "as_p_value", "calibration"]
 
 # Draws of all images that are decoded at once.
 CHUNK = 10
@@ -69,7 +69,7 @@ class Calibration:
             Finding(
                 "not calibrated",
                 f"on {len(self.ranks)} images that the model made, the ranks of {worst} are not uniform "
-                f"(p = {self.p_value:.2g}, for {len(self.names)} test quantities): {' and '.join(shape)}",
+                f"(p = {as_p_value(self.p_value)}, for {len(self.names)} test quantities): {' and '.join(shape)}",
                 self.p_value,
                 "ranks at both ends are of a q(θ) that is too narrow, and in the middle of one too wide: refine it by "
                 "SemiAmortised, or allow it a full covariance (PyroGuide); for an amortised strategy see whether "
@@ -125,7 +125,7 @@ def calibration(
     """
     check_counts(simulations=simulations, draws=draws, batch_size=batch_size, num_pixels=num_pixels)
     check_pair(model, strategy)
-    obstacle = why_not_simulated(model)
+    obstacle = _why_not_simulated(model)
     if obstacle is not None:
         raise StrategyError(f"simulation-based calibration needs a model that makes images: {obstacle}")
     ranks = []
@@ -142,7 +142,7 @@ def calibration(
     return Calibration(torch.cat(ranks).cpu(), (*entries, "log p(θ)", "log p(x | θ)"), draws)
 
 
-def why_not_simulated(model: SpatialMixture) -> str | None:
+def _why_not_simulated(model: SpatialMixture) -> str | None:
     """Why a model makes no images to be calibrated on, and what to do; None where it does."""
     if not model.has_proper_prior:
         return 'p(θ) is flat, and no θ can be drawn from it: give the model a proper prior, such as "standard_normal"'
@@ -154,6 +154,11 @@ def why_not_simulated(model: SpatialMixture) -> str | None:
     if model.log_mixing.dim() > 1:
         return "its mixing weights were fitted to given images, and new ones have none: declare a new model"
     return None
+
+
+def as_p_value(value: float) -> str:
+    """A p-value of `uniformity_p_values` as text; below 1e-12 rounding has hidden it."""
+    return f"{value:.2g}" if value >= 1e-12 else "<1e-12"
 
 
 def _simulated(model: SpatialMixture, count: int, num_pixels: int) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pnem.diagnostics.findings import Finding
 from pnem.errors import DataError
 
-__all__ = ["LEAST_WEIGHTS", "psis_k_hat"]
+__all__ = ["GOOD_K_HAT", "LEAST_WEIGHTS", "k_hat_findings", "psis_k_hat", "unreliable"]
+
+# For a few thousand weights.
+GOOD_K_HAT = 0.7
+# The share of images that may have a larger one by the error of k̂ alone.
+TOLERATED = 0.05
 
 LEAST_WEIGHTS = 30
 # A tail of weights that differ by less than a thousandth harms no estimate; in single precision it is rounding.
@@ -61,6 +67,27 @@ def psis_k_hat(log_weights: Tensor) -> Tensor:
         found = torch.from_numpy(_fitted(values[fitted].cpu().numpy())).to(k_hat)
         k_hat[fitted] = found.where(~found.isnan(), torch.inf)
     return k_hat
+
+
+def unreliable(k_hat: Tensor) -> Tensor:
+    """1 for images whose k̂ is above 0.7, or NaN, and else 0: (B,), in double precision."""
+    return (~(k_hat <= GOOD_K_HAT)).double()
+
+
+def k_hat_findings(k_hat: Tensor) -> list[Finding]:
+    """Whether k̂ is too large for more images than its own error explains."""
+    share = unreliable(k_hat).mean().item()
+    if share <= TOLERATED:
+        return []
+    return [
+        Finding(
+            "unreliable importance weights",
+            f"k̂ of the importance weights is above {GOOD_K_HAT} for {share:.0%} of {len(k_hat)} images",
+            share,
+            "q(θ) misses parts of p(θ | x): estimate log p(x) by annealed_importance_sampling, refine q by "
+            "SemiAmortised, or give it a full covariance (PyroGuide); around a Delta, give a normal of another width",
+        )
+    ]
 
 
 def _fitted(log_weights: NDArray[np.float64]) -> NDArray[np.float64]:
