@@ -69,7 +69,7 @@ class Calibration:
             Finding(
                 "not calibrated",
                 f"on {len(self.ranks)} images that the model made, the ranks of {worst} are not uniform "
-                f"(p = {as_p_value(self.p_value)}, for {len(self.names)} test quantities): {' and '.join(shape)}",
+                f"(p-value {as_p_value(self.p_value)}, for {len(self.names)} test quantities): {' and '.join(shape)}",
                 self.p_value,
                 "ranks at both ends are of a q(θ) that is too narrow, and in the middle of one too wide: refine it by "
                 "SemiAmortised, or allow it a full covariance (PyroGuide); for an amortised strategy see whether "
@@ -158,7 +158,7 @@ def _why_not_simulated(model: SpatialMixture) -> str | None:
 
 def as_p_value(value: float) -> str:
     """A p-value of `uniformity_p_values` as text; below 1e-12 rounding has hidden it."""
-    return f"{value:.2g}" if value >= 1e-12 else "<1e-12"
+    return f"{value:.2g}" if value >= 1e-12 else "< 1e-12"
 
 
 def _simulated(model: SpatialMixture, count: int, num_pixels: int) -> tuple[Tensor, Tensor]:

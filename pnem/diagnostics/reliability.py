@@ -125,8 +125,11 @@ class Reliability:
             Calibration.concatenate(calibrations) if calibrations else None,
             is_bound=all(part.is_bound for part in parts),
         )
-        reasons = {name: why for part in reversed(parts) for name, why in part.absent.items()}
-        found.absent.update({name: why for name, why in reasons.items() if not _is_there(getattr(found, name))})
+        reasons = [(name, why) for part in parts for name, why in part.absent.items()]
+        # The first, but of those that say something.
+        for name, why in sorted(reasons, key=lambda reason: reason[1] == NOT_ASKED):
+            if getattr(found, name) is None or getattr(found, name) == {}:
+                found.absent.setdefault(name, why)
         return found
 
 
@@ -261,10 +264,6 @@ def _simulations(strategy: Strategy, simulations: int, posterior: Posterior, num
 def _is_delta(q: dist.TorchDistribution) -> bool:
     parts = q.parts if isinstance(q, Concatenated) else [q]
     return any(isinstance(part, dist.Delta) for part in parts)
-
-
-def _is_there(value: object) -> bool:
-    return value is not None and value != {}
 
 
 def _row(title: str, values: Tensor, digits: int) -> tuple[str, str, str]:

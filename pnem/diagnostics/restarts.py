@@ -30,7 +30,9 @@ class RestartSpread(NamedTuple):
     Attributes:
         elbo: (B,), the standard deviation of the ELBO over restarts, in nats; of a Delta, of the plug-in log p(x, θ).
         pairwise_ari: (B,), the mean over pairs of restarts of the adjusted Rand index between their segmentations, over
-            all pixels: 1 where all divide the image alike. None where there is one component.
+            the pixels that both give to one component by a majority, γ > ½: which one has the largest γ of a background
+            that all explain means nothing. 1 where all divide the image alike; NaN where no pixel is decided. None
+            where the model has one component.
     """
 
     elbo: Tensor
@@ -41,7 +43,7 @@ class RestartSpread(NamedTuple):
         """Whether on average over images restarts disagree."""
         spread = mean_and_standard_error(self.elbo).mean
         ari = 1.0 if self.pairwise_ari is None else mean_and_standard_error(self.pairwise_ari).mean
-        if spread <= SAME_ELBO and ari >= ALIKE:
+        if spread <= SAME_ELBO and not ari < ALIKE:
             return []
         alike = (
             "" if self.pairwise_ari is None else f", and their segmentations have an ARI of {ari:.2f} with one another"
@@ -87,7 +89,7 @@ def restart_spread(
         raise StrategyError("restarts must be at least 2: of a single one there is no spread")
     strategy.check_infer(restarts, strategy.iterations, None)
     model = strategy.model
-    elbos, errors, labels = [], [], []
+    elbos, errors, labels, decided = [], [], [], []
     for r in range(restarts):
         if r > 0 or posterior is None:
             with same_mixing(model):
@@ -96,12 +98,16 @@ def restart_spread(
         elbos.append(terms.elbo[-1])
         errors.append(terms.monte_carlo_error[-1])
         labels.append(posterior.labels)
+        decided.append(posterior.gamma.amax(-2) > 0.5)
     variance = torch.stack(elbos).var(0) - torch.stack(errors).square().mean(0)
     if model.num_components == 1:
         return RestartSpread(variance.clamp_min(0).sqrt(), None)
-    # Group 0 would not be scored.
-    pairs = [adjusted_rand_index(one + 1, other) for one, other in combinations(labels, 2)]
-    return RestartSpread(variance.clamp_min(0).sqrt(), torch.stack(pairs).mean(0))
+    # Group 0 is not scored.
+    pairs = [
+        adjusted_rand_index((labels[i] + 1) * (decided[i] & decided[j]), labels[j])
+        for i, j in combinations(range(restarts), 2)
+    ]
+    return RestartSpread(variance.clamp_min(0).sqrt(), torch.stack(pairs).nanmean(0))
 
 
 @contextmanager

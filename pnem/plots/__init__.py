@@ -12,17 +12,20 @@ from pnem.plots.gaps import inference_gap
 from pnem.plots.images import overview
 from pnem.plots.mixtures import mixture_1d, mixture_2d
 from pnem.plots.palette import component_colours
+from pnem.plots.reliability import calibration_ranks, k_hat
 from pnem.plots.style import STYLE
 from pnem.plots.traces import trace
 
 __all__ = [
     "STYLE",
     "bound",
+    "calibration_ranks",
     "component_colours",
     "elbo_by_iteration",
     "elbo_terms",
     "entropy_maps",
     "inference_gap",
+    "k_hat",
     "mixture_1d",
     "mixture_2d",
     "overview",
