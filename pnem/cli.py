@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from pnem import __version__
 from pnem.data_command import data_app
+from pnem.diagnose_command import diagnose
 from pnem.em_command import em
 from pnem.errors import PnemError, RunError
 
@@ -258,6 +259,7 @@ def infer(
     _say(f"wrote gamma, labels, psi and theta of {count} {split} images to {out}")
 
 
+app.command()(diagnose)
 app.command()(em)
 
 

@@ -1,8 +1,10 @@
 """Is inference any good, what is it losing, and would another strategy be better? All in nats."""
 
 from pnem.diagnostics.arviz_adapter import to_arviz
-from pnem.diagnostics.collapse import CollapseWarning, collapse
 from pnem.diagnostics.calibration import Calibration, calibration
+from pnem.diagnostics.collapse import CollapseWarning, collapse
+from pnem.diagnostics.diagnosis import diagnose
+from pnem.diagnostics.diagnosis_result import Diagnosis
 from pnem.diagnostics.findings import Finding
 from pnem.diagnostics.gaps import InferenceGap, inference_gap
 from pnem.diagnostics.gradients import gradient_signal_to_noise
@@ -12,23 +14,26 @@ from pnem.diagnostics.restarts import RestartSpread, restart_spread
 from pnem.diagnostics.terms import Terms, elbo_terms, terms_at
 from pnem.diagnostics.tracing import Trace, trace
 
-__all__ = ["Finding", "Terms", "Trace", "elbo_terms", "terms_at", "trace"]
-__all__ = ["Finding", "Terms", "elbo_terms", "terms_at", "to_arviz"]
-__all__ = ["CollapseWarning", "Finding", "Terms", "collapse", "elbo_terms", "terms_at"]
-__all__ = ["Finding", "InferenceGap", "Terms", "elbo_terms", "inference_gap", "terms_at"]
-__all__ = ["Finding", "Terms", "elbo_terms", "psis_k_hat", "terms_at"]
-__all__ = ["Calibration", "Finding", "Terms", "calibration", "elbo_terms", "psis_k_hat", "terms_at"]
 __all__ = [
     "Calibration",
+    "CollapseWarning",
+    "Diagnosis",
     "Finding",
+    "InferenceGap",
     "Reliability",
     "RestartSpread",
     "Terms",
+    "Trace",
     "calibration",
+    "collapse",
+    "diagnose",
     "elbo_terms",
     "gradient_signal_to_noise",
+    "inference_gap",
     "psis_k_hat",
     "reliability",
     "restart_spread",
     "terms_at",
+    "to_arviz",
+    "trace",
 ]

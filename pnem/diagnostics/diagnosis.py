@@ -1,0 +1,134 @@
+"""All diagnostics of one run, in a given time."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pnem.data import ImageDataset
+from pnem.data.arrays import check_whole
+from pnem.devices import forked_rng
+from pnem.diagnostics.budget import Budget
+from pnem.diagnostics.collapse import collapse
+from pnem.diagnostics.diagnosis_result import Diagnosis
+from pnem.diagnostics.gaps import InferenceGap, inference_gap
+from pnem.diagnostics.reliability import Reliability, reliability
+from pnem.diagnostics.tracing import Trace, trace
+from pnem.errors import DataError, StrategyError
+from pnem.inference import ConvergenceWarning
+from pnem.loading import check_images, open_split
+
+if TYPE_CHECKING:
+    from pnem.run import Run
+
+__all__ = ["diagnose"]
+
+# By when each part is to end, as a share of the budget; and the most images at once of those that take many draws.
+TRACE_UNTIL, GAP_UNTIL, AT_ONCE = 0.4, 0.7, 40
+# Images that `collapse` looks at, that gradients are of, and that a figure shows.
+LOOKED_AT, MINIBATCH, SHOWN = 500, 64, 4
+# Of calibration, where inference is one pass through a network.
+SIMULATIONS = 200
+
+
+def diagnose(
+    run: "Run",
+    data: str | Path | ImageDataset | Mapping[str, ImageDataset],
+    *,
+    split: str = "test",
+    limit: int = 1000,
+    budget: float | None = 150.0,
+    batch_size: int = 100,
+    seed: int = 0,
+    progress: bool = False,
+) -> Diagnosis:
+    """All diagnostics of a run, within a budget of time.
+
+    `trace` comes first, on as many images as there is time for; then `collapse`, on up to 500 of these,
+    `inference_gap` and `reliability`. Each begins with ten images, which it gets in any case: for strategies that
+    fit each image by itself (guides, NUTS) these alone can take longer than the budget. Calibration is left out for
+    those; `pnem.diagnostics.calibration` has it.
+
+    Args:
+        run: the fitted run.
+        data: a file or datasets, as `Run.evaluate` takes them.
+        split: which split.
+        limit: use only the first so many images.
+        budget: seconds; None for everything on all images.
+        batch_size: images at once.
+        seed: of the initial γ and all draws; torch's global random state is left as it was.
+        progress: whether to show progress bars.
+
+    Raises:
+        DataError: the split is missing, empty, or does not fit the model; limit or batch_size is below 1, or budget
+            not positive.
+    """
+    check_whole(batch_size, "batch_size")
+    time = Budget(budget)
+    dataset = open_split(data, split, run.model).limited(limit)
+    batch = dataset[:]
+    if not len(batch.x):
+        raise DataError(f"split {split!r} is empty: there is nothing to diagnose")
+    check_images(run.model, batch.x, f"split {split!r}")
+    x = batch.x.to(run.device, run.model.mixing_logits.dtype)
+    groups = None if batch.groups is None else batch.groups.to(run.device)
+    model, strategy = run.model, run.strategy
+    absent: dict[str, str] = {}
+    with forked_rng(run.device), _progress_bar(progress) as bar, warnings.catch_warnings():
+        # What has not converged is in `InferenceGap.rising`.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        torch.manual_seed(seed)
+
+        def pieces(name: str, size: int, until: float) -> Iterator[slice]:
+            task = bar.add_task(name, total=len(x))
+            for piece in time.pieces(len(x), size, until=until):
+                yield piece
+                bar.update(task, completed=piece.stop)
+            bar.remove_task(task)
+
+        courses = [
+            trace(strategy, x[piece], None if groups is None else groups[piece])
+            for piece in pieces("trace", batch_size, TRACE_UNTIL)
+        ]
+        course = Trace.concatenate(courses)
+        findings = course.findings
+        try:
+            some = dataset.limited(min(LOOKED_AT, course.elbo.shape[1]))
+            findings += collapse(run, some, split=split, batch_size=batch_size, seed=seed)
+        except DataError as error:
+            absent["collapse"] = str(error)
+        gap = None
+        try:
+            gaps = [inference_gap(model, strategy, x[piece]) for piece in pieces("inference gap", AT_ONCE, GAP_UNTIL)]
+            gap = InferenceGap.concatenate(gaps)
+        except StrategyError as error:
+            absent["inference gap"] = str(error)
+        amortised = next(strategy.parameters(), None) is not None
+        simulations = SIMULATIONS if amortised else 0
+        once = reliability(model, strategy, x[:MINIBATCH], samples=0, restarts=0, simulations=simulations)
+        parts = [
+            reliability(model, strategy, x[piece], repetitions=0, simulations=0)
+            for piece in pieces("reliability", AT_ONCE, 1.0)
+        ]
+        reliable = Reliability.concatenate([*parts, once])
+        posterior = strategy.infer(x[:SHOWN], keep_trace=False)
+    return Diagnosis(
+        name=type(strategy).__name__ if run.directory is None else run.directory.name,
+        split=split,
+        trace=course,
+        gap=gap,
+        reliability=reliable,
+        findings=[*findings, *reliable.findings],
+        absent=absent | reliable.absent,
+        image_shape=run.settings.image_shape,
+        x=x[:SHOWN],
+        posterior=posterior,
+    )
+
+
+def _progress_bar(wanted: bool) -> Progress:
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, transient=True, disable=not wanted)
