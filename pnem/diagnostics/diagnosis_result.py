@@ -81,8 +81,9 @@ class Diagnosis:
         found = {
             "elbo-terms": plots.elbo_terms(self.trace.terms),
             "trace": plots.trace(self.trace),
-            "entropy-maps": plots.entropy_maps(self.x, self.posterior, self.image_shape),
         }
+        if self.posterior.gamma.shape[-2] > 1:
+            found["entropy-maps"] = plots.entropy_maps(self.x, self.posterior, self.image_shape)
         if self.gap is not None:
             found["inference-gap"] = plots.inference_gap({self.name: self.gap})
         if self.reliability.k_hat is not None:
@@ -117,8 +118,9 @@ class Diagnosis:
         yield Text("findings" if self.findings else "no findings", "bold")
         for finding in self.findings:
             yield Text.assemble("• ", (finding.name, "bold"), f": {finding.seen}; {finding.advice}")
-        for name, why in self.absent.items():
-            yield Text(f"no {name.replace('_', ' ')}: {why}", "dim")
+        for why in dict.fromkeys(self.absent.values()):
+            names = [name.replace("_", " ") for name, reason in self.absent.items() if reason == why]
+            yield Text(f"no {' and '.join(names)}: {why}", "dim")
 
     def __repr__(self) -> str:
         console = Console()
