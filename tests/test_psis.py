@@ -52,8 +52,13 @@ def test_each_image_is_by_itself():
 def test_equal_weights_have_the_lightest_tail_there_is():
     assert bool((psis_k_hat(torch.full((100, 2), -7.0)) == -math.inf).all())
     # So has a largest weight that many draws share.
-    clipped = torch.randn(100, 2).clamp_max(0.0)
-    assert bool((psis_k_hat(clipped) == -math.inf).all())
+    for count in (20, 21, 40):
+        shared = torch.randn(100, 2).clamp_max(0.0)
+        shared[:count] = 1.0
+        assert bool((psis_k_hat(shared) == -math.inf).all())
+    few = torch.randn(100, 2, dtype=torch.float64)
+    few[:5] = 4.0
+    assert bool(psis_k_hat(few).isfinite().all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

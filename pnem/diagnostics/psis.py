@@ -40,7 +40,8 @@ def psis_k_hat(log_weights: Tensor) -> Tensor:
 
     Returns:
         (B,), in double precision: −∞ where the largest weights are equal to a thousandth, as the exact posterior's are;
-        ∞ where the tail cannot be fitted, because hardly any weight is above zero; NaN where a weight is NaN or ∞.
+        ∞ where the tail cannot be fitted: hardly any weight is above zero, or by ArviZ 1 where many are tied; NaN where
+        a weight is NaN or ∞.
 
     Raises:
         DataError: a shape that is not (L, B), or L < 30.
@@ -56,8 +57,7 @@ def psis_k_hat(log_weights: Tensor) -> Tensor:
         )
     values = log_weights.detach().double().T.contiguous()
     L = values.shape[1]
-    # ArviZ counts either so many or one less.
-    tail = values.topk(int(min(L / 5, 3 * L**0.5)) + 2).values
+    tail = values.topk(int(min(L / 5, 3 * L**0.5))).values
     valid = ~(values.isnan() | (values == torch.inf)).any(1)
     equal = valid & (tail[:, 0] - tail[:, -1] < EQUAL)
     k_hat = torch.full_like(tail[:, 0], torch.nan)

@@ -68,9 +68,13 @@ class Reliability:
         return [
             *([] if self.k_hat is None else k_hat_findings(self.k_hat)),
             *gradient_findings(self.gradient_snr),
-            *([] if self.elbo_spread is None else RestartSpread(self.elbo_spread, self.pairwise_ari).findings),
+            *([] if self._spread is None else self._spread.findings),
             *([] if self.calibration is None else self.calibration.findings),
         ]
+
+    @property
+    def _spread(self) -> RestartSpread | None:
+        return None if self.elbo_spread is None else RestartSpread(self.elbo_spread, self.pairwise_ari, self.is_bound)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """What each part is, its value and, where it is a mean over images, its standard error, as a table shows them.
@@ -92,9 +96,9 @@ class Reliability:
         if self.gradient_snr:
             title = f"signal-to-noise ratio of gradients, lowest of {len(self.gradient_snr)} tensors"
             rows.append((title, f"{min(self.gradient_snr.values()):.2f}", ""))
-        if self.elbo_spread is not None:
-            what = "ELBO" if self.is_bound else "plug-in log p(x, θ)"
-            rows.append(_row(f"standard deviation of the {what} over restarts [nats]", self.elbo_spread, 2))
+        if self._spread is not None:
+            title = f"standard deviation of the {self._spread.title} over restarts [nats]"
+            rows.append(_row(title, self._spread.elbo, 2))
         if self.pairwise_ari is not None:
             rows.append(_row("ARI between the segmentations of restarts", self.pairwise_ari, 3))
         if self.calibration is not None:
@@ -172,8 +176,8 @@ def reliability(
     >>> from pnem.models import Bernoulli, decoders
     >>> model = SpatialMixture(decoders.Linear(2, (4, 4, 1)), Bernoulli(), 1, prior="standard_normal")
     >>> found = reliability(model, VAE(model), torch.zeros(3, 16, 1), samples=100, simulations=0)
-    >>> found.k_hat.shape, found.absent["elbo_spread"][:40], found.absent["calibration"]
-    (torch.Size([3]), "a VAE's q(θ) depends on the image alone,", 'it was not asked for')
+    >>> found.k_hat.shape, found.absent["elbo_spread"][:26], found.absent["calibration"]
+    (torch.Size([3]), 'there is one start only: a', 'it was not asked for')
     """
     least = {"samples": LEAST_WEIGHTS, "restarts": 2, "repetitions": 2, "simulations": 1}
     counts = dict(zip(least, (samples, restarts, repetitions, simulations), strict=True))
@@ -243,7 +247,7 @@ def _restarts(strategy: Strategy, x: Tensor, restarts: int, first: Posterior | N
         strategy.check_infer(restarts, strategy.iterations, None)
     except StrategyError as error:
         return {}, dict.fromkeys(("elbo_spread", "pairwise_ari"), f"there is one start only: {error}")
-    elbo, ari = restart_spread(strategy, x, restarts, posterior=first)
+    elbo, ari, _ = restart_spread(strategy, x, restarts, posterior=first)
     absent = {} if ari is not None else {"pairwise_ari": "the model has one component, to which all pixels belong"}
     return {"elbo_spread": elbo, "pairwise_ari": ari}, absent
 

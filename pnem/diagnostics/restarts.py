@@ -33,10 +33,17 @@ class RestartSpread(NamedTuple):
             the pixels that both give to one component by a majority, γ > ½: which one has the largest γ of a background
             that all explain means nothing. 1 where all divide the image alike; NaN where no pixel is decided. None
             where the model has one component.
+        is_bound: whether the ELBO is one; of a Delta it is not.
     """
 
     elbo: Tensor
     pairwise_ari: Tensor | None
+    is_bound: bool
+
+    @property
+    def title(self) -> str:
+        """What the ELBO is to be called."""
+        return "ELBO" if self.is_bound else "plug-in log p(x, θ)"
 
     @property
     def findings(self) -> list[Finding]:
@@ -51,7 +58,7 @@ class RestartSpread(NamedTuple):
         return [
             Finding(
                 "restarts disagree",
-                f"from one start to another an image's ELBO has a standard deviation of {spread:.2g} nats{alike}",
+                f"over starts an image's {self.title} has a standard deviation of {spread:.2g} nats{alike}",
                 spread,
                 "infer with restarts=8, say, of which the best is kept for each image; differences between strategies "
                 "that are no larger than this say little",
@@ -100,14 +107,15 @@ def restart_spread(
         labels.append(posterior.labels)
         decided.append(posterior.gamma.amax(-2) > 0.5)
     variance = torch.stack(elbos).var(0) - torch.stack(errors).square().mean(0)
+    deviation = variance.clamp_min(0).sqrt()
     if model.num_components == 1:
-        return RestartSpread(variance.clamp_min(0).sqrt(), None)
+        return RestartSpread(deviation, None, terms.is_bound)
     # Group 0 is not scored.
     pairs = [
         adjusted_rand_index((labels[i] + 1) * (decided[i] & decided[j]), labels[j])
         for i, j in combinations(range(restarts), 2)
     ]
-    return RestartSpread(variance.clamp_min(0).sqrt(), torch.stack(pairs).nanmean(0))
+    return RestartSpread(deviation, torch.stack(pairs).nanmean(0), terms.is_bound)
 
 
 @contextmanager
