@@ -335,12 +335,9 @@ def test_findings_name_what_is_wrong():
         pairwise_ari=torch.tensor([0.4, 0.6]),
         calibration=Calibration(torch.zeros(50, 1, dtype=torch.int64), ("θ[0]",), 99),
     )
-    weights, gradients, restarts, ranks = bad.findings
+    weights, restarts, ranks = bad.findings
     assert (weights.name, weights.value) == ("unreliable importance weights", pytest.approx(0.6))
     assert "above 0.7 for 60% of 5 images" in weights.seen
-    assert (gradients.name, gradients.value) == ("noisy gradients", 0.25)
-    assert "2 of 3 parameter tensors" in gradients.seen
-    assert "strategy.b" in gradients.seen
     assert (restarts.name, restarts.value) == ("restarts disagree", 4.0)
     assert "4 nats, and their segmentations have an ARI of 0.50" in restarts.seen
     assert ranks.name == "not calibrated"

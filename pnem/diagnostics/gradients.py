@@ -7,12 +7,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pnem.diagnostics.findings import Finding
 from pnem.errors import StrategyError
 from pnem.inference import Strategy
 from pnem.inference.estimates import check_counts
 
-__all__ = ["gradient_findings", "gradient_signal_to_noise"]
+__all__ = ["gradient_signal_to_noise"]
 
 
 def gradient_signal_to_noise(strategy: Strategy, x: Tensor, repetitions: int = 20) -> dict[str, float]:
@@ -78,24 +77,6 @@ def gradient_signal_to_noise(strategy: Strategy, x: Tensor, repetitions: int = 2
     if not ratios:
         raise StrategyError(f"no parameter is trained by the gradient of {type(strategy).__name__}'s ELBO")
     return ratios
-
-
-def gradient_findings(ratios: dict[str, float]) -> list[Finding]:
-    """Whether there is more noise than signal in the gradient of some tensor."""
-    low = {name: ratio for name, ratio in ratios.items() if not ratio >= 1}
-    if not low:
-        return []
-    worst = min(low, key=low.__getitem__)
-    return [
-        Finding(
-            "noisy gradients",
-            f"the gradients of {len(low)} of {len(ratios)} parameter tensors have more noise than signal, most that of "
-            f"{worst}, with a ratio of {low[worst]:.2g}",
-            low[worst],
-            "while it still learns, larger minibatches (the ratio grows with their square root) or a lower learning "
-            "rate; at the end of a training the signal vanishes, and that is as it should be",
-        )
-    ]
 
 
 def _ratio(square: float, variance: float, repetitions: int) -> float:

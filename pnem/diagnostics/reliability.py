@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pnem.diagnostics.calibration import Calibration, as_p_value, calibration
 from pnem.diagnostics.findings import Finding
-from pnem.diagnostics.gradients import gradient_findings, gradient_signal_to_noise
+from pnem.diagnostics.gradients import gradient_signal_to_noise
 from pnem.diagnostics.psis import GOOD_K_HAT, LEAST_WEIGHTS, k_hat_findings, psis_k_hat, unreliable
 from pnem.diagnostics.restarts import RestartSpread, restart_spread, same_mixing
 from pnem.diagnostics.terms import check_pair
@@ -64,10 +64,12 @@ class Reliability:
 
     @property
     def findings(self) -> list[Finding]:
-        """What is not to be relied on: k̂ above 0.7, noisy gradients, restarts that disagree, ranks not uniform."""
+        """What is not to be relied on: k̂ above 0.7, restarts that disagree, ranks that are not uniform.
+
+        A low signal-to-noise ratio of gradients is none of them: at the end of every training the signal vanishes.
+        """
         return [
             *([] if self.k_hat is None else k_hat_findings(self.k_hat)),
-            *gradient_findings(self.gradient_snr),
             *([] if self._spread is None else self._spread.findings),
             *([] if self.calibration is None else self.calibration.findings),
         ]
