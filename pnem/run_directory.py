@@ -183,9 +183,17 @@ def check_resumable(directory: str | Path | None, settings: Settings) -> None:
         a, b = now[part], then[part]
         if isinstance(a, dict):
             ignored = _FREE if part == "training" else ("source",) if part == "data" else ()
+            if part == "data" and "fingerprint" not in b:
+                # The run is older than fingerprints are.
+                ignored = (*ignored, "fingerprint")
             different = sorted(k for k in {*a, *b} if k not in ignored and a.get(k) != b.get(k))
+            if different == ["fingerprint"]:
+                raise RunError(
+                    f"{directory} was started with other training images than those given now: resume with the same "
+                    "data, or choose another name"
+                )
             if different:
-                key = different[0]
+                key = next(k for k in different if k != "fingerprint")
                 raise RunError(
                     f"{directory} was started with {part} {key} = {b.get(key)}, but now it is {a.get(key)}: "
                     "resume with the same settings, or choose another name"

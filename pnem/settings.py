@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pnem.data import fingerprint
 from pnem.devices import PRECISIONS
 from pnem.errors import DeviceError, RunError
 from pnem.files import write_atomically
@@ -85,7 +86,8 @@ class Settings:
         image_shape: (H, W, C).
         model, strategy, objective: descriptions, as `pnem.models.config.describe` gives them.
         training: the fields of `pnem.training.TrainingSettings`.
-        data: the source and the number of images in each split.
+        data: the source, the number of images in each split, and the fingerprint of the training split, which runs of
+            earlier versions lack; see `pnem.data.fingerprint`.
         versions: of pnem and the packages that the numbers depend on.
         format: of the run directory.
     """
@@ -112,6 +114,7 @@ class Settings:
 
         Raises:
             ModelError: the model or the strategy has a part that cannot be described.
+            DataError: training images cannot be read.
         """
         versions = {name: version(name) for name in ("pnem", "torch", "pyro-ppl", "lightning", "numpy")}
         return cls(
@@ -120,7 +123,9 @@ class Settings:
             describe(strategy),
             describe(objective),
             dict(training),
-            {"source": splits.source} | {name: len(dataset) for name, dataset in splits.datasets.items()},
+            {"source": splits.source}
+            | {name: len(dataset) for name, dataset in splits.datasets.items()}
+            | {"fingerprint": fingerprint(splits.datasets["training"])},
             versions | {"python": platform.python_version()},
         )
 

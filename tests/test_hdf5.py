@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pixels import FEATURES, GROUPS, Array, arrays, assert_same, pixel_by_pixel
 from torch.utils.data import DataLoader, Subset, default_convert
 
-from pnem.data import Batch, ImageDataset, write_hdf5
+from pnem.data import Batch, ImageDataset, fingerprint, write_hdf5
 from pnem.errors import DataError
 
 
@@ -440,3 +440,19 @@ def test_random_batches_of_a_small_split_are_quick(path: Path) -> None:
 def test_random_batches_of_long_sequences_take_no_second(path: Path) -> None:
     write_hdf5(path, {"training": arrays(T=21, N=300, H=64, W=64, C=1)})
     assert milliseconds_per_batch(ImageDataset.from_hdf5(path, memory_limit=0), 5) < 300
+
+
+def test_the_fingerprint_is_of_the_images_wherever_and_however_they_are_stored(path, bytes_read):
+    features, groups = np.random.default_rng(0).integers(0, 2, (1, 1000, 4, 5, 1), np.uint8), None
+    write_hdf5(path, {"test": (features, groups)})
+    of = fingerprint(ImageDataset(features))
+    assert len(of) == 64
+    assert fingerprint(ImageDataset(features.astype(bool))) == of
+    assert fingerprint(ImageDataset(torch.from_numpy(features).double(), features[..., :1])) == of
+    bytes_read.clear()
+    assert fingerprint(ImageDataset.from_hdf5(path, "test", with_groups=False, memory_limit=0)) == of
+    assert sum(bytes_read) <= 64 * features[0, 0].nbytes
+    first, last = features.copy(), features.copy()
+    first[0, 0, 0, 0], last[0, -1, -1, -1] = 1 - first[0, 0, 0, 0], 1 - last[0, -1, -1, -1]
+    others = [first, last, features[:, ::-1], features[:, :999], features.reshape(1, 1000, 5, 4, 1)]
+    assert len({of, *(fingerprint(ImageDataset(other)) for other in others)}) == 6

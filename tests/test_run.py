@@ -11,6 +11,7 @@ import torch
 from fitting import SETTINGS, arrays, parts, splits, train, weights
 
 import pnem
+from pnem.data import ImageDataset, fingerprint
 from pnem.errors import DataError, DeviceError, RunError
 
 
@@ -74,6 +75,21 @@ def test_a_run_is_only_resumed_with_its_own_settings(directory, change, message)
     with pytest.raises(RunError, match=message):
         train(directory, resume=True, **change)
     assert contents(directory) == before
+
+
+def test_a_run_is_only_resumed_with_the_images_it_was_started_with(directory):
+    features, groups = arrays()
+    with pytest.raises(RunError, match="other training images"):
+        train(directory, resume=True, data=splits() | {"training": ImageDataset(1 - features, groups)})
+
+
+def test_a_run_that_is_older_than_fingerprints_loads_and_is_resumed(directory):
+    path = directory / "settings.json"
+    settings = json.loads(path.read_text())
+    assert settings["data"].pop("fingerprint") == fingerprint(splits()["training"])
+    path.write_text(json.dumps(settings))
+    assert "fingerprint" not in pnem.load(directory).settings.data
+    assert len(train(directory, resume=True, epochs=2).history) == 2
 
 
 def test_a_run_of_another_shape_or_model_is_not_resumed(directory):

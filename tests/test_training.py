@@ -21,11 +21,11 @@ from pnem.training_module import TrainingModule
 
 
 class Interrupting(ImageDataset):
-    """Images that press Ctrl-C when batch number `at` is asked for."""
+    """Images that press Ctrl-C when batch number `at` is asked for, after those that the fingerprint is of."""
 
     def __init__(self, at: int):
         super().__init__(*arrays())
-        self.countdown = at
+        self.countdown = at + 1
 
     def __getitems__(self, indices):
         self.countdown -= 1

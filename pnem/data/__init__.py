@@ -1,5 +1,6 @@
 """Data sets of images, with or without a true grouping of their pixels: read, written, generated; and tables."""
 
+from pnem.data.fingerprint import fingerprint
 from pnem.data.hdf5 import MEMORY_LIMIT, Batch, ImageDataset
 from pnem.data.mnist import write_mnist
 from pnem.data.rows import Rows
@@ -15,6 +16,7 @@ __all__ = [
     "LabelledImages",
     "Rows",
     "Table",
+    "fingerprint",
     "open_items",
     "read_table",
     "static_shapes",
