@@ -1,4 +1,4 @@
-"""The command line: ``pnem data``, ``train``, ``evaluate``, ``infer``, ``em``, ``demo``."""
+"""The command line: ``pnem data``, ``train``, ``evaluate``, ``infer``, ``compare``, ``em``, ``demo``."""
 
 import errno
 import json
@@ -12,6 +12,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from pnem import __version__
+from pnem.compare_command import compare
 from pnem.data_command import data_app
 from pnem.diagnose_command import diagnose
 from pnem.em_command import em
@@ -261,6 +262,7 @@ def infer(
 
 app.command()(diagnose)
 app.command()(em)
+app.command()(compare)
 
 
 @app.command()

@@ -5,6 +5,8 @@ from pnem.diagnostics.calibration import Calibration, calibration
 from pnem.diagnostics.collapse import CollapseWarning, collapse
 from pnem.diagnostics.diagnosis import diagnose
 from pnem.diagnostics.diagnosis_result import Diagnosis
+from pnem.diagnostics.comparison import compare
+from pnem.diagnostics.comparison_result import Comparison
 from pnem.diagnostics.findings import Finding
 from pnem.diagnostics.gaps import InferenceGap, inference_gap
 from pnem.diagnostics.gradients import gradient_signal_to_noise
@@ -37,3 +39,4 @@ __all__ = [
     "to_arviz",
     "trace",
 ]
+__all__ = ["Comparison", "Finding", "Terms", "compare", "elbo_terms", "psis_k_hat", "terms_at"]
