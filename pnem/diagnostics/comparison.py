@@ -1,6 +1,7 @@
 """Runs compared on the same images: how well they explain them, how well they group them, and what they cost."""
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from pnem.data.arrays import check_whole
 from pnem.devices import forked_rng
 from pnem.diagnostics.comparability import check_comparable
 from pnem.diagnostics.comparison_result import Comparison, Measured, kind_of
+from pnem.diagnostics.gaps import inference_gap
 from pnem.diagnostics.psis import LEAST_WEIGHTS, psis_k_hat
 from pnem.diagnostics.terms import elbo_terms
 from pnem.errors import DataError, PnemError
-from pnem.inference import Posterior
+from pnem.inference import ConvergenceWarning, Posterior
 from pnem.inference.estimates import log_mean_weight
 from pnem.inference.marginal_likelihood import log_weights
 from pnem.inference.proposals import proposal
@@ -26,10 +28,10 @@ from pnem.run import Run
 
 __all__ = ["compare"]
 
-# Images that get every measure at once where there is a budget, and the share of the budget that such images get.
-FEW, EVERYTHING = 10, 0.8
+# The share of a budget that goes to images that get everything, and images below which no batch is worth its start.
+EVERYTHING, FEW = 0.8, 10
 # A first batch that takes less than this many seconds is inferred again to be timed, when all is loaded and warm.
-QUICK = 1.0
+QUICK = 10.0
 # Draws of every image decoded at once.
 CHUNK = 10
 
@@ -52,12 +54,14 @@ def compare(
     Runs may be of different models or, by `Run.using`, of one model inferred in different ways. What compares is what
     bounds or estimates one and the same quantity; see `pnem.diagnostics.comparability.check_comparable`. Of each run:
 
-    - log p(x) by importance weighting with θ drawn from q(θ): on average a lower bound. Where q(θ) is a Delta, θ is
-      drawn from a normal around it that is as wide as Laplace's approximation of p(θ | x), and of a sampler from the
-      normal with the moments of its draws. There is none where the prior on θ is flat.
-    - The share of images whose weights have a tail of k̂ > 0.7, where that estimate is not to be trusted.
+    - log p(x) by importance weighting: on average a lower bound. θ is drawn from q*, the best q(θ) of its family for
+      each image; without gaps from q(θ). Where q(θ) is a Delta, θ is drawn from a normal around it that is as wide as
+      Laplace's approximation of p(θ | x), and of a sampler from the normal with the moments of its draws. There is none
+      where the prior on θ is flat.
+    - The share of images where weights from q(θ) have a tail of k̂ > 0.7, so that q(θ) misses parts of p(θ | x).
     - The ELBO, or where q(θ) is a Delta the plug-in log p(x, θ), which is no bound; without a prior on π, as log p(x).
-    - What the ELBO loses to the family of q(θ) and to amortisation; see `pnem.diagnostics.inference_gap`.
+    - What the ELBO loses to the family of q(θ) and to amortisation, and of a Delta what log p(x, θ) loses to the
+      maximum next to θ; see `pnem.diagnostics.inference_gap`.
     - AMI and ARI where the data have groups; parameters of model and strategy; seconds it took to train the model;
       milliseconds per image that inference takes, warm: the median over batches.
 
@@ -71,7 +75,7 @@ def compare(
         samples: draws of θ for each image, by which log p(x) is estimated: at least 30.
         budget: seconds that the comparison may take: fewer images then get what is expensive (log p(x), k̂, gaps), and
             if need be fewer are used at all; but always at least two. None for all of everything.
-        batch_size: images at once; with a budget, ten get everything at once.
+        batch_size: images at once; with a budget fewer at first, until it is known what they cost.
         seed: of the initial γ and all draws.
         progress: whether to show a progress bar.
 
@@ -139,16 +143,18 @@ class Schedule:
                 yield range(first, min(first + self.batch_size, self.images)), True
             return
         began = before = time.perf_counter()
-        first, last, size = 0, 0.0, min(self.batch_size, FEW)
-        while first < self.images and (
-            first < 2 or (self.divided and before + last - began <= EVERYTHING * self.budget)
-        ):
-            yield range(first, min(first + size, self.images)), True
-            first, now = min(first + size, self.images), time.perf_counter()
-            before, last = now, now - before
+        first, size = 0, min(2, self.batch_size)
+        while first < self.images and size > 0:
+            piece = range(first, min(first + size, self.images))
+            yield piece, True
+            first, now = piece.stop, time.perf_counter()
+            # The more images at once, the less each of them takes.
+            affordable = int((began + EVERYTHING * self.budget - now) / (now - before) * len(piece))
+            size = min(2 * size, self.batch_size, max(affordable if self.divided else 0, 2 - first))
+            before = now
         while first < self.images:
             affordable = int((began + self.budget - time.perf_counter()) / self.cheap)
-            if affordable < size:
+            if affordable < min(FEW, self.images - first):
                 return
             piece = range(first, min(first + min(self.batch_size, affordable), self.images))
             yield piece, False
@@ -186,9 +192,10 @@ def _measure(
             values["elbo"] = terms.elbo[-1] - terms.log_mixing_prior[-1]
         result.cheap = time.perf_counter() - start
         if everything and measures != "grouping":
-            width = "laplace" if result.q == "point" else None
             if run.model.has_proper_prior:
-                values |= _estimated(run, x, posterior, width, samples)
+                values |= _estimated(run, x, posterior, samples)
+            if measures == "all":
+                values |= _gaps(result, run, x, posterior, samples)
     result.add(values)
 
 
@@ -208,12 +215,26 @@ def _synchronise(device: torch.device) -> None:
 
 
 @torch.no_grad()
-def _estimated(run: Run, x: Tensor, posterior: Posterior, width: str | None, samples: int) -> dict[str, Tensor]:
-    """log p(x) by importance weighting, and the k̂ of the weights."""
+def _estimated(run: Run, x: Tensor, posterior: Posterior, samples: int) -> dict[str, Tensor]:
+    """log p(x) by importance weighting from q(θ), and the k̂ of the weights."""
+    width = "laplace" if kind_of(posterior.q) == "point" else None
     q = proposal(run.model, run.strategy, x, width=width, posterior=posterior)
     weights = torch.cat(list(log_weights(run.model, q, x, samples, CHUNK)))
     estimate = log_mean_weight(weights.logsumexp(0), (2 * weights).logsumexp(0), samples)
     return {"log_marginal": estimate.log_marginal, "k_hat": psis_k_hat(weights)}
+
+
+def _gaps(result: Measured, run: Run, x: Tensor, posterior: Posterior, samples: int) -> dict[str, Tensor]:
+    """What the ELBO loses, and the ELBO and log p(x) that this is the difference of, which replace others."""
+    with warnings.catch_warnings():
+        # Counted instead, over all images.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        gap = inference_gap(run.model, run.strategy, x, samples=samples, posterior=posterior)
+    result.rising += int(gap.rising.sum())
+    if gap.log_marginal is None:
+        return {"optimality_gap": gap.best - gap.elbo}
+    values = {"elbo": gap.elbo, "log_marginal": gap.log_marginal, "approximation_gap": gap.log_marginal - gap.best}
+    return values | {"amortisation_gap": gap.best - gap.elbo} if gap.refined else values
 
 
 def _progress_bar(wanted: bool) -> Progress:

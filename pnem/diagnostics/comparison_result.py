@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from pnem.diagnostics.comparison_tables import ComparisonTables, notes_on
+from pnem.diagnostics.comparison_notes import notes_on
+from pnem.diagnostics.comparison_tables import ComparisonTables
 from pnem.inference.distributions import Concatenated
 from pnem.inference.proposals import MomentMatched
 from pnem.metrics import Estimate, mean_and_standard_error
 from pnem.run import Run
 
-__all__ = ["Comparison", "Measured", "kind_of"]
+__all__ = ["Comparison", "Measured", "kind_of", "mean_over_images"]
 
 GROUPING = ("ami", "ari")
 PAIRED = ("log_marginal", "elbo", *GROUPING)
@@ -45,12 +46,14 @@ class Measured:
         timings: of each batch, its images and the seconds of inference.
         q: the kind of q(θ).
         cheap: seconds that the last batch took without what is expensive.
+        rising: images whose best q(θ) was still getting better when the search for it ended.
     """
 
     scores: dict[str, list[Tensor]] = field(default_factory=dict)
     timings: list[tuple[int, float]] = field(default_factory=list)
     q: str = ""
     cheap: float = 0.0
+    rising: int = 0
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Adds the scores of a batch."""
@@ -74,11 +77,12 @@ class Comparison:
 
     Attributes:
         table: a row for each run, by its name. In nats per image, means over images and (``_se``) their standard
-            errors: log_marginal, elbo, and the gaps. ``k_hat`` is the share of images with k̂ > 0.7; ``ami``, ``ari``
-            their means over images in which there is something to group; ``parameters`` those of model and strategy;
-            ``train_seconds`` the time it took to train the model; ``ms_per_image`` that of inference, in batches of
-            ``timed_batch`` images. ``q`` is the kind of q(θ): "point", "density" or "draws"; ``elbo_is_bound`` says
-            whether the ELBO is one, or the plug-in log p(x, θ) of a point. What there is none of is NaN.
+            errors: log_marginal, elbo, approximation_gap, amortisation_gap and, of a Delta, optimality_gap. ``k_hat``
+            is the share of images with k̂ > 0.7; ``ami`` and ``ari`` are means over images in which there is something
+            to group; ``parameters`` those of model and strategy; ``train_seconds`` the time it took to train the model;
+            ``ms_per_image`` that of inference, in batches of ``timed_batch`` images. ``q`` is the kind of q(θ):
+            "point", "density" or "draws"; ``elbo_is_bound`` says whether the ELBO is one, or the plug-in log p(x, θ) of
+            a point. What there is none of is NaN, or has no column.
         differences: of every two runs and every measure that compares between them, the mean difference (``run``
             minus ``reference``), its standard error over the same images, and how many these were.
         scores: of each run, every score of every image, in the order of the data. What is expensive may be of the first
@@ -119,11 +123,11 @@ class Comparison:
         table.index.name = "run"
         measured = {score for own in scores.values() for score in own}
         counts = {
-            score: max(_mean(score, own[score]).count for own in scores.values() if score in own)
+            score: max(mean_over_images(score, own[score]).count for own in scores.values() if score in own)
             for score in sorted(measured)
         }
         images = sum(images for images, _ in next(iter(results.values())).timings)
-        notes = notes_on(runs, table, counts, images, available, measures, samples)
+        notes = tuple(notes_on(runs, results, counts, images, available, measures, samples))
         differences = _differences(runs, results, scores)
         return cls(table, differences, scores, counts, images, available, split, measures, samples, seed, notes)
 
@@ -159,7 +163,7 @@ def _row(run: Run, result: Measured, scores: Mapping[str, NDArray[np.float64]]) 
         if score == "k_hat":
             row[score] = math.nan if np.isnan(values).any() else float((values > LARGEST_K_HAT).mean())
         else:
-            row[score], row[f"{score}_se"], _ = _mean(score, values)
+            row[score], row[f"{score}_se"], _ = mean_over_images(score, values)
     if "elbo" in scores:
         row["elbo_is_bound"] = result.q != "point"
     parameters = {id(p): p.numel() for part in (run.model, run.strategy) for p in part.parameters()}
@@ -168,8 +172,8 @@ def _row(run: Run, result: Measured, scores: Mapping[str, NDArray[np.float64]]) 
     return row | result.cost()
 
 
-def _mean(score: str, values: NDArray[np.float64]) -> Estimate:
-    """Over images; a grouping that is NaN has nothing to group and is left out, nats that are NaN make the mean NaN."""
+def mean_over_images(score: str, values: NDArray[np.float64]) -> Estimate:
+    """The mean of a score: a grouping that is NaN has nothing to group and is left out, but nats make the mean NaN."""
     if score not in GROUPING and np.isnan(values).any():
         return Estimate(math.nan, math.nan, len(values))
     return mean_and_standard_error(torch.from_numpy(values))
@@ -188,7 +192,7 @@ def _differences(
                 continue
             a, b = scores[name][score], scores[reference][score]
             common = min(len(a), len(b))
-            rows.append((name, reference, score, *_mean(score, a[:common] - b[:common])))
+            rows.append((name, reference, score, *mean_over_images(score, a[:common] - b[:common])))
     columns = ["run", "reference", "measure", "difference", "standard_error", "images"]
     return pd.DataFrame(rows, columns=columns)
 

@@ -1,4 +1,4 @@
-"""A comparison as tables that fit the terminal, and the notes below them."""
+"""A comparison as tables that fit the terminal."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -12,18 +12,17 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from pnem.diagnostics.comparison_notes import GAPS, LAPLACE, MOMENTS, POINT
+
 if TYPE_CHECKING:
     from pnem.diagnostics.comparison_result import Comparison
-    from pnem.run import Run
 
-__all__ = ["ComparisonTables", "notes_on"]
+__all__ = ["ComparisonTables"]
 
-POINT, LAPLACE, MOMENTS = "†", "‡", "§"
 # Of the names of runs, which are folded beyond it, and of the space that a table leaves beside a cell.
 WIDEST_NAME, PADDING = 24, 2
-GAPS = ("approximation_gap", "amortisation_gap", "optimality_gap")
 GROUPING = ("ami", "ari")
-TITLES = {"log_marginal": "log p(x)", "ami": "AMI", "ari": "ARI"} | {name: name.replace("_", " ") for name in GAPS}
+TITLES = {"log_marginal": "log p(x)", "ami": "AMI", "ari": "ARI"} | {name: name.removesuffix("_gap") for name in GAPS}
 
 
 class Column(NamedTuple):
@@ -50,7 +49,7 @@ class ComparisonTables(NamedTuple):
         result, width = self.comparison, options.max_width
         names = [*result.scores]
         of = f"{result.images:,}" + ("" if result.images == result.available else f" of {result.available:,}")
-        yield Text(f"{len(names)} runs on {of} {result.split} images: means ± standard errors over images")
+        yield Text(f"{len(names)} runs on {of} {result.split} images: mean ± standard error, nats per image")
         nats, others = _nats_columns(result), _other_columns(result)
         for part in _parts(names, [nats, others], width):
             yield _table(names, part)
@@ -70,19 +69,23 @@ def _name_width(names: list[str]) -> int:
 
 
 def _parts(names: list[str], groups: list[list[Column]], width: int) -> Iterator[list[Column]]:
-    """The columns that are side by side: all, or those of a group, or as many of them as fit."""
+    """The columns that are side by side: all, or those of a group, or as many of them as fit, evenly divided."""
     width -= _name_width(names)
     every = [column for group in groups for column in group]
     if sum(column.width for column in every) <= width:
         groups = [every]
     for group in filter(None, groups):
-        part: list[Column] = []
-        for column in group:
-            if part and sum(each.width for each in part) + column.width > width:
-                yield part
-                part = []
-            part.append(column)
-        yield part
+        fitting = [_packed(group, least) for least in range(width, 0, -1)]
+        yield from [parts for parts in fitting if len(parts) == len(fitting[0])][-1]
+
+
+def _packed(columns: list[Column], width: int) -> list[list[Column]]:
+    parts = [columns[:1]]
+    for column in columns[1:]:
+        if sum(each.width for each in parts[-1]) + column.width > width:
+            parts.append([])
+        parts[-1].append(column)
+    return parts
 
 
 def _table(names: list[str], columns: list[Column]) -> Table:
@@ -160,7 +163,7 @@ def _title(result: "Comparison", name: str) -> str:
 
 
 def _unit(name: str) -> str:
-    return "" if name in GROUPING else "nats per image"
+    return "" if name in GROUPING else "gap, nats" if name in GAPS else "nats"
 
 
 def _estimates(means: "pd.Series[Any]", errors: "pd.Series[Any]", name: str, sign: str = "") -> list[str]:
@@ -173,76 +176,3 @@ def _estimates(means: "pd.Series[Any]", errors: "pd.Series[Any]", name: str, sig
 
 def _rounded(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
-
-
-def notes_on(
-    runs: Mapping[str, "Run"],
-    table: pd.DataFrame,
-    counts: Mapping[str, int],
-    images: int,
-    available: int,
-    measures: str,
-    samples: int,
-) -> tuple[str, ...]:
-    """What is to be known about the numbers."""
-    return tuple(_notes(runs, table, counts, images, available, measures, samples))
-
-
-def _notes(
-    runs: Mapping[str, "Run"],
-    table: pd.DataFrame,
-    counts: Mapping[str, int],
-    images: int,
-    available: int,
-    measures: str,
-    samples: int,
-) -> Iterator[str]:
-    kinds = set(table["q"])
-    models = {id(run.model): run.model for run in runs.values()}
-    estimated = "log_marginal" in counts
-    if estimated:
-        K = max(model.num_components for model in models.values())
-        missed = f"; with K = {K} exchangeable components up to log K! = {math.lgamma(K + 1):.2f} nats too low"
-        yield (
-            f"log p(x): importance weighting with {samples} draws of θ for each image, on average a lower bound"
-            + (missed if K > 1 else "")
-            + "; not to be trusted for images with k̂ > 0.7."
-        )
-    if "elbo" in counts and "point" in kinds:
-        yield f"{POINT} plug-in log p(x, θ) at a point, no bound on log p(x): it compares only with its own kind."
-    if estimated and "point" in kinds:
-        yield (
-            f"{LAPLACE} q(θ) is a point: draws from a normal around it as wide as Laplace's approximation of p(θ | x). "
-            "It estimates what the model gives x, and says little about the strategy."
-        )
-    if measures != "grouping" and "draws" in kinds:
-        yield f"{MOMENTS} q(θ) is draws of a sampler: that of the normal with their mean and covariance."
-    if measures != "grouping" and not all(model.has_proper_prior for model in models.values()):
-        yield "A flat prior on θ has no log p(x)."
-    if measures != "grouping":
-        yield from _notes_on_models(runs)
-    devices = ", ".join(sorted({str(run.device) for run in runs.values()}))
-    yield f"Inference: per image, warm, the median over batches of B images, on {devices}."
-    if "ami" not in counts:
-        yield "The data have no groups, and so there is no AMI or ARI."
-    expensive = min((counts[name] for name in ("log_marginal", *GAPS) if name in counts), default=images)
-    if expensive < images or images < available:
-        yield f"The budget allowed {images:,} of {available:,} images, and what is expensive for {expensive:,} of them."
-
-
-def _notes_on_models(runs: Mapping[str, "Run"]) -> Iterator[str]:
-    shared: dict[int, list[str]] = {}
-    for name, run in runs.items():
-        shared.setdefault(id(run.model), []).append(name)
-    for names in shared.values():
-        if len(names) > 1:
-            which = f"{', '.join(names[:-1])} and {names[-1]}" if len(shared) > 1 else "All runs"
-            yield (
-                f"{which} infer in one model, whose log p(x) is one number: the highest estimate is on average the "
-                "nearest to it. Training is that of the model."
-            )
-    if len(shared) > 1 and next(iter(runs.values())).model.owned:
-        yield (
-            "With ownership p is the declared joint density, which is not normalised over x: between models its nats "
-            "say which fits what it declares better, not which gives images more probability."
-        )

@@ -5,6 +5,7 @@ cell it is shown once, ``figure.savefig(path)`` writes it, and nothing is left t
 those of `STYLE` while a figure is made, and afterwards what they were.
 """
 
+from pnem.plots.comparison import comparison
 from pnem.plots.curves import bound, elbo_by_iteration, training_curves
 from pnem.plots.elbo import elbo_terms
 from pnem.plots.entropy import entropy_maps
@@ -20,6 +21,7 @@ __all__ = [
     "STYLE",
     "bound",
     "calibration_ranks",
+    "comparison",
     "component_colours",
     "elbo_by_iteration",
     "elbo_terms",
