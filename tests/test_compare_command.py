@@ -77,6 +77,7 @@ def test_mistakes_are_one_message_and_write_nothing(runs, data, tmp_path):
     assert ".png, .pdf or .svg" in call(a, b, data, "--figure", tmp_path / "c.docx", code=1)
     assert "--batch-size" in call(a, b, data, "--batch-size", 0, code=2)
     call(code=2)
+    assert "Example: pnem compare" in call("--help").replace("`", "")
     assert not list(tmp_path.iterdir())
 
 

@@ -85,6 +85,18 @@ def compare(
         DataError: the split is missing or does not fit the models, it has fewer than two images, or no groups where
             only grouping is asked for; limit or batch_size is below 1, samples below 30, or budget not positive.
         StrategyError: a strategy that cannot do it, by the name of its run.
+
+    >>> import pnem
+    >>> from pnem.inference import VAE
+    >>> from pnem.models import Bernoulli, SpatialMixture, decoders
+    >>> images = ImageDataset(torch.rand(1, 8, 3, 4, 1).round())
+    >>> model = SpatialMixture(decoders.Linear(2, (3, 4, 1)), Bernoulli(), 1, prior="standard_normal")
+    >>> data = {"training": images, "validation": images}
+    >>> run = pnem.fit(model, VAE(model), data, epochs=1, batch_size=8, device="cpu", progress=False)
+    >>> runs = {"vae": run, "semi-amortised": run.using("semi-amortised")}
+    >>> result = compare(runs, images, samples=100)
+    >>> result.table.index.tolist(), result.differences["measure"].tolist()
+    (['vae', 'semi-amortised'], ['log_marginal', 'elbo'])
     """
     check_whole(batch_size, "batch_size")
     check_whole(samples, "samples", LEAST_WEIGHTS)

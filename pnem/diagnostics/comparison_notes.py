@@ -55,9 +55,14 @@ def notes_on(
     yield from _notes_on_gaps(runs, results)
     if "ami" not in counts:
         yield "The data have no groups, and so there is no AMI or ARI."
+    if images < available:
+        yield f"The budget allowed {images:,} of {available:,} images."
     expensive = min((counts[name] for name in ("log_marginal", *GAPS) if name in counts), default=images)
-    if expensive < images or images < available:
-        yield f"The budget allowed {images:,} of {available:,} images, and what is expensive for {expensive:,} of them."
+    if expensive < images:
+        yield (
+            f"The budget allowed log p(x), gaps and k̂ for the first {expensive:,} images: they do not add up to the "
+            "ELBO, which is of more images."
+        )
 
 
 def _notes_on_gaps(runs: Mapping[str, "Run"], results: Mapping[str, "Measured"]) -> Iterator[str]:
