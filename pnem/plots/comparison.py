@@ -136,7 +136,6 @@ def _draw_cost(axes: Axes, result: "Comparison") -> dict[str, Artist]:
     # Whole decades, so that two ticks at least have a number.
     low, high = np.floor(np.log10(milliseconds.min() / 1.3)), np.ceil(np.log10(milliseconds.max() * 1.3))
     axes.set_xlim(10**low, 10**high)
-    axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     return {}
 
