@@ -3,10 +3,10 @@
 from pnem.diagnostics.arviz_adapter import to_arviz
 from pnem.diagnostics.calibration import Calibration, calibration
 from pnem.diagnostics.collapse import CollapseWarning, collapse
-from pnem.diagnostics.diagnosis import diagnose
-from pnem.diagnostics.diagnosis_result import Diagnosis
 from pnem.diagnostics.comparison import compare
 from pnem.diagnostics.comparison_result import Comparison
+from pnem.diagnostics.diagnosis import diagnose
+from pnem.diagnostics.diagnosis_result import Diagnosis
 from pnem.diagnostics.findings import Finding
 from pnem.diagnostics.gaps import InferenceGap, inference_gap
 from pnem.diagnostics.gradients import gradient_signal_to_noise
@@ -19,6 +19,7 @@ from pnem.diagnostics.tracing import Trace, trace
 __all__ = [
     "Calibration",
     "CollapseWarning",
+    "Comparison",
     "Diagnosis",
     "Finding",
     "InferenceGap",
@@ -28,6 +29,7 @@ __all__ = [
     "Trace",
     "calibration",
     "collapse",
+    "compare",
     "diagnose",
     "elbo_terms",
     "gradient_signal_to_noise",
@@ -39,4 +41,3 @@ __all__ = [
     "to_arviz",
     "trace",
 ]
-__all__ = ["Comparison", "Finding", "Terms", "compare", "elbo_terms", "psis_k_hat", "terms_at"]

@@ -28,6 +28,8 @@ __all__ = ["diagnose"]
 
 # By when each part is to end, as a share of the budget; and the most images at once of those that take many draws.
 TRACE_UNTIL, GAP_UNTIL, AT_ONCE = 0.4, 0.7, 40
+# Draws for the gap of an image, whose standard error is that over images.
+GAP_SAMPLES = 400
 # Images that `collapse` looks at, that gradients are of, and that a figure shows.
 LOOKED_AT, MINIBATCH, SHOWN = 500, 64, 4
 # Of calibration, where inference is one pass through a network.
@@ -102,7 +104,10 @@ def diagnose(
             absent["collapse"] = str(error)
         gap = None
         try:
-            gaps = [inference_gap(model, strategy, x[piece]) for piece in pieces("inference gap", AT_ONCE, GAP_UNTIL)]
+            gaps = [
+                inference_gap(model, strategy, x[piece], samples=GAP_SAMPLES)
+                for piece in pieces("inference gap", AT_ONCE, GAP_UNTIL)
+            ]
             gap = InferenceGap.concatenate(gaps)
         except StrategyError as error:
             absent["inference gap"] = str(error)

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pnem.diagnostics.local_optima import delta_optimum, deltas, normals, refined_normals
+from pnem.diagnostics.local_optima import delta_optimum, is_normal, refined_normals
 from pnem.diagnostics.terms import check_pair
 from pnem.errors import StrategyError
 from pnem.inference import ConvergenceWarning, Posterior, Strategy, annealed_importance_sampling
@@ -205,7 +205,7 @@ def inference_gap(
             f"the posterior is of {len(posterior.theta)} images, but x holds {len(x)}: give the same images"
         )
     amortised = next(strategy.parameters(), None) is not None
-    if deltas(posterior.q):
+    if isinstance(posterior.q, dist.Delta):
         gap = _of_delta(strategy, posterior, x, steps, amortised)
     else:
         gap = _of_density(strategy, posterior, x, samples, steps, estimator, amortised, chunk)
@@ -237,7 +237,7 @@ def _of_density(
 ) -> InferenceGap:
     q = best = proposal(strategy.model, strategy, x, posterior=posterior)
     rising = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    refinable = normals(posterior.q)
+    refinable = is_normal(posterior.q)
     if refinable:
         best, rising = refined_normals(strategy, posterior, x, steps)
     elif amortised:

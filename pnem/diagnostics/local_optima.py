@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from pnem.inference import Posterior, SemiAmortised, State, Strategy
-from pnem.inference.distributions import Concatenated
 
-__all__ = ["delta_optimum", "deltas", "normals", "refined_normals"]
+__all__ = ["delta_optimum", "is_normal", "refined_normals"]
 
 # An ascent has converged when it rose by less than this, in nats, over so many trials.
 RISE = 1e-3
@@ -32,18 +31,9 @@ class Found(Strategy):
         return [self.state]
 
 
-def deltas(q: dist.TorchDistribution) -> bool:
-    """Whether q(θ) is a Delta."""
-    return all(isinstance(part, dist.Delta) for part in _parts(q))
-
-
-def normals(q: dist.TorchDistribution) -> bool:
+def is_normal(q: dist.TorchDistribution) -> bool:
     """Whether q(θ) is a product of normals, over images, components and dimensions."""
-    return all(isinstance(part, dist.Independent) and isinstance(part.base_dist, dist.Normal) for part in _parts(q))
-
-
-def _parts(q: dist.TorchDistribution) -> list[dist.TorchDistribution]:
-    return q.parts if isinstance(q, Concatenated) else [q]
+    return isinstance(q, dist.Independent) and isinstance(q.base_dist, dist.Normal)
 
 
 def refined_normals(

@@ -18,7 +18,6 @@ from pnem.diagnostics.terms import check_pair
 from pnem.errors import StrategyError
 from pnem.inference import Posterior, Strategy
 from pnem.inference.checks import require_images
-from pnem.inference.distributions import Concatenated
 from pnem.inference.estimates import check_counts, log_mean_weight
 from pnem.inference.marginal_likelihood import log_weights
 from pnem.inference.proposals import proposal
@@ -207,7 +206,7 @@ def reliability(
     )
     found = {name: value for values, _ in parts for name, value in values.items()}
     absent = {name: why for _, reasons in parts for name, why in reasons.items()}
-    return Reliability(**found, samples=samples, absent=absent, is_bound=not _is_delta(posterior.q))
+    return Reliability(**found, samples=samples, absent=absent, is_bound=not isinstance(posterior.q, dist.Delta))
 
 
 # What a part finds, by the names of its attributes; and for those that it does not, why.
@@ -221,7 +220,7 @@ def _weights(strategy: Strategy, x: Tensor, samples: int, width: float | str | N
     if not model.has_proper_prior:
         why = "p(θ) is flat, so that there is no p(θ | x) to compare q(θ) with: give the model a proper prior"
         return {}, dict.fromkeys(names, why)
-    if width is None and _is_delta(posterior.q):
+    if width is None and isinstance(posterior.q, dist.Delta):
         why = (
             'q(θ) is a Delta, which has no importance weights: give the width of a normal around it, or width="laplace"'
         )
@@ -257,7 +256,7 @@ def _restarts(strategy: Strategy, x: Tensor, restarts: int, first: Posterior | N
 def _simulations(strategy: Strategy, simulations: int, posterior: Posterior, num_pixels: int) -> Part:
     if simulations == 0:
         return {}, {"calibration": NOT_ASKED}
-    if _is_delta(posterior.q):
+    if isinstance(posterior.q, dist.Delta):
         why = "q(θ) is a Delta, among whose draws no θ has a rank: use a strategy whose q(θ) has a width"
         return {}, {"calibration": why}
     try:
@@ -265,11 +264,6 @@ def _simulations(strategy: Strategy, simulations: int, posterior: Posterior, num
         return {"calibration": ranks}, {}
     except StrategyError as error:
         return {}, {"calibration": str(error)}
-
-
-def _is_delta(q: dist.TorchDistribution) -> bool:
-    parts = q.parts if isinstance(q, Concatenated) else [q]
-    return any(isinstance(part, dist.Delta) for part in parts)
 
 
 def _row(title: str, values: Tensor, digits: int) -> tuple[str, str, str]:
