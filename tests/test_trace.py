@@ -72,7 +72,7 @@ class Descent(Strategy):
 @pytest.mark.parametrize("model_name", ["plain Bernoulli", "owned Normal"])
 @pytest.mark.parametrize("strategy_name", STRATEGIES)
 def test_every_strategy_has_a_trace(model_name, strategy_name):
-    _, strategy = pair(model_name, strategy_name)
+    model, strategy = pair(model_name, strategy_name)
     x, groups = images(4), torch.randint(0, 3, (4, 12))
     was_training = strategy.training
     torch.manual_seed(1)
@@ -87,7 +87,8 @@ def test_every_strategy_has_a_trace(model_name, strategy_name):
     assert bool((found.confidence >= 1 / 3).all() & (found.confidence <= 1).all())
     assert bool((found.components_used > 1 - 1e-6).all() & (found.components_used < 3 + 1e-6).all())
     assert bool(found.change[:1].isnan().all() & (found.change[1:] >= 0).all())
-    torch.testing.assert_close(found.confidence[-1, :3], first.gamma.double().amax(-2).mean(-1))
+    counted = weights(model, x[:3])
+    torch.testing.assert_close(found.confidence[-1, :3], (counted * first.gamma.double().amax(-2)).sum(-1))
     for values, index in ((found.ami, adjusted_mutual_information), (found.ari, adjusted_rand_index)):
         torch.testing.assert_close(values[-1, :3], index(groups[:3], first.labels), equal_nan=True)
     assert found.monotone == (strategy_name in {"gradient em", "semi-amortised rnn-em"})
@@ -97,19 +98,39 @@ def test_every_strategy_has_a_trace(model_name, strategy_name):
     assert list(found.table().index) == list(range(1, T + 1))
 
 
+def weights(model, x):
+    """How much each pixel counts: with ownership, for its distance from the pixel prior."""
+    distance = (x.double() - model.pixel_prior).square().sum(-1) if model.owned else torch.ones_like(x[..., 0]).double()
+    return distance / distance.sum(-1, keepdim=True)
+
+
+def test_what_is_at_the_pixel_prior_does_not_count():
+    model = MODELS["owned Bernoulli"]()
+    x = torch.zeros(2, 12, 1)
+    x[0, :6] = 1
+    gamma = torch.full((2, 3, 12), 1 / 3)
+    gamma[0, :, :6] = one_hot(torch.arange(6) % 2, 3).mT.float()
+    found = trace(GradientEM(model), x, posterior=posterior_of(gamma[None]))
+    torch.testing.assert_close(found.confidence[0, 0].item(), 1.0)
+    torch.testing.assert_close(found.components_used[0, 0].item(), 2.0)
+    assert bool(found.confidence[0, 1].isnan() & found.components_used[0, 1].isnan())
+    assert found.table()["confidence"].item() == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("T", [2, 3])
 @pytest.mark.usefixtures("float64")
 def test_change_confidence_and_components_are_those_of_brute_force(T):
     model = MODELS["tied Bernoulli"]()
     x, theta, gamma = images(4), torch.randn(T, 4, 3, 5), torch.rand(T, 4, 3, 12).softmax(2)
     found = trace(GradientEM(model), x, posterior=posterior_of(gamma, theta))
+    counted = weights(model, x).tolist()
     for b in range(4):
         assert math.isnan(found.change[0, b])
         for t in range(T):
-            shares = [sum(gamma[t, b, k, i].item() for i in range(12)) / 12 for k in range(3)]
+            shares = [sum(counted[b][i] * gamma[t, b, k, i].item() for i in range(12)) for k in range(3)]
             used = math.exp(-sum(share * math.log(share) for share in shares))
             assert found.components_used[t, b].item() == pytest.approx(used, rel=1e-12)
-            confidence = sum(max(gamma[t, b, k, i].item() for k in range(3)) for i in range(12)) / 12
+            confidence = sum(counted[b][i] * max(gamma[t, b, k, i].item() for k in range(3)) for i in range(12))
             assert found.confidence[t, b].item() == pytest.approx(confidence, rel=1e-12)
         for t in range(1, T):
             squares = [(theta[t, b, k, m] - theta[t - 1, b, k, m]).item() ** 2 for k in range(3) for m in range(5)]
@@ -122,7 +143,8 @@ def test_sure_and_unsure_responsibilities_have_exact_values():
     one = one_hot(torch.zeros(12).long(), 3).mT.double()
     two = one_hot(torch.arange(12) % 2, 3).mT.double()
     three = one_hot(torch.arange(12) % 3, 3).mT.double()
-    found = trace(gradient_em(), images(4), posterior=posterior_of(torch.stack([uniform, one, two, three])[None]))
+    x = torch.ones(4, 12, 1)
+    found = trace(gradient_em(), x, posterior=posterior_of(torch.stack([uniform, one, two, three])[None]))
     torch.testing.assert_close(found.confidence[0], torch.tensor([1 / 3, 1.0, 1.0, 1.0]))
     torch.testing.assert_close(found.components_used[0], torch.tensor([3.0, 1.0, 2.0, 3.0]))
 

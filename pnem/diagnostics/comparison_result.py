@@ -135,7 +135,7 @@ class Comparison:
         return ComparisonTables(self)
 
     def __repr__(self) -> str:
-        console = Console()
+        console = Console(color_system=None, force_jupyter=False)
         with console.capture() as captured:
             console.print(self)
         return captured.get().rstrip("\n")

@@ -123,7 +123,7 @@ class Diagnosis:
             yield Text(f"no {' and '.join(names)}: {why}", "dim")
 
     def __repr__(self) -> str:
-        console = Console()
+        console = Console(color_system=None, force_jupyter=False)
         with console.capture() as captured:
             console.print(self)
         return captured.get().rstrip("\n")

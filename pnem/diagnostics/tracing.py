@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from pnem.diagnostics.findings import Finding
+from pnem.diagnostics.symptoms import foreground
 from pnem.diagnostics.terms import Terms, elbo_terms
 from pnem.errors import DataError, StrategyError
 from pnem.inference import Posterior, Strategy
 from pnem.inference.estimates import check_counts
 from pnem.inference.posterior import extended
 from pnem.metrics import adjusted_mutual_information, adjusted_rand_index, segmentation_labels
+from pnem.models import SpatialMixture
 
 __all__ = ["Trace", "trace"]
 
@@ -37,10 +39,11 @@ class Trace:
         elbo: in nats per image. Where there are terms of all iterations, theirs; else the strategy's own
             `Posterior.elbo_trace`: of classical EM what each iteration started from, of guides fitted by SVI the mean
             over each window of steps.
-        confidence: mean over pixels of max_k γ_k, from 1/K to 1. A background that all components explain alike keeps
-            it low.
-        components_used: exp of the entropy of the mean of γ over pixels, from 1 to K: how many components share the
-            pixels, counted by how much they take.
+        confidence: mean over pixels of max_k γ_k, from 1/K to 1. With ownership pixels count by how far they are from
+            the pixel prior, squared: those at it all components explain alike, and an image of nothing else has NaN.
+            Without, all count the same.
+        components_used: exp of the entropy of the mean of γ over these pixels, from 1 to K: how many components share
+            them, counted by how much they take.
         change: root mean square over K and M of what the mean of q(θ) moved by; NaN at the first iteration.
         decreased: whether the ELBO fell, against the iteration before, by more than rounding and three Monte Carlo
             errors of the difference; or became NaN. False where its error is not known, as for guides fitted by SVI
@@ -210,6 +213,7 @@ def _trace_of(strategy: Strategy, posterior: Posterior, x: Tensor, groups: Tenso
     def from_the_end(values: Tensor) -> Tensor:
         return torch.cat([values.new_full((T - len(values), len(x)), math.nan), values])
 
+    weights = _weights(strategy.model, x)
     ami = ari = None
     if groups is not None:
         labels = segmentation_labels(gamma)
@@ -219,14 +223,24 @@ def _trace_of(strategy: Strategy, posterior: Posterior, x: Tensor, groups: Tenso
     return Trace(
         terms=terms,
         elbo=elbo,
-        confidence=from_the_end(gamma.double().amax(-2).mean(-1)),
-        components_used=from_the_end(torch.special.entr(gamma.double().mean(-1)).sum(-1).exp()),
+        confidence=from_the_end((weights * gamma.double().amax(-2)).sum(-1)),
+        components_used=from_the_end(
+            torch.special.entr((weights.unsqueeze(-2) * gamma.double()).sum(-1)).sum(-1).exp()
+        ),
         change=from_the_end(theta.double().diff(dim=0).square().mean((-2, -1)).sqrt()),
         decreased=_decreased(elbo, _error(terms, T), x, torch.finfo(posterior.gamma.dtype).eps),
         monotone=strategy.monotone and not terms.is_bound,
         ami=ami,
         ari=ari,
     )
+
+
+def _weights(model: SpatialMixture, x: Tensor) -> Tensor:
+    """How much each pixel counts, (B, D), with a sum of 1 for each image; NaN where there is nothing to divide."""
+    weights = (
+        foreground(x.double(), model.pixel_prior) if model.owned else torch.ones_like(x[..., 0], dtype=torch.double)
+    )
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def _error(terms: Terms, T: int) -> Tensor:
