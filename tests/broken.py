@@ -93,7 +93,8 @@ def painted(painting: str, K: int = 3, *, size: int = SIZE, pixel_prior: float |
 def as_run(model: SpatialMixture, strategy: Strategy, history: pd.DataFrame | None = None) -> Run:
     """A run of parts that were not trained, of data in memory."""
     history = pd.DataFrame(columns=HISTORY, dtype=float) if history is None else history
-    return Run(model, strategy, history, Settings.describe(model, strategy, ELBO(), {}, Splits({}, "memory")))
+    splits = Splits({"training": dataset(2)}, "memory")
+    return Run(model, strategy, history, Settings.describe(model, strategy, ELBO(), {}, splits))
 
 
 def dataset(count: int = 40, size: int = SIZE) -> ImageDataset:
