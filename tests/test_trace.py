@@ -274,6 +274,20 @@ def test_classical_em_that_falls_is_flagged_by_its_own_trace():
     assert found.findings[0].value == pytest.approx(0.5)
 
 
+@pytest.mark.usefixtures("float64")
+def test_images_that_share_fitted_mixing_weights_may_fall_where_their_sum_rises():
+    model, x = CLASSICAL["spherical"](mixing="learned"), items("spherical", B=6)
+    strategy = ClassicalEM(model, iterations=20, tol=0.0)
+    posterior = quietly(strategy.infer, x)
+    assert (posterior.elbo_trace.diff(dim=0) < -1e-3).any()
+    assert trace(strategy, x, posterior=posterior).findings == []
+    elbo = posterior.elbo_trace.clone()
+    elbo[-1, 2] -= 5.0
+    found = trace(strategy, x, posterior=posterior._replace(elbo_trace=elbo))
+    assert found.decreased[-1, 2]
+    assert not found.decreased[:-1].any()
+
+
 @pytest.mark.parametrize("missing", [False, True])
 @pytest.mark.usefixtures("float64")
 def test_classical_em_takes_batches_missing_values_and_weights_per_image(missing):

@@ -47,7 +47,7 @@ class Trace:
         change: root mean square over K and M of what the mean of q(θ) moved by; NaN at the first iteration.
         decreased: whether the ELBO fell, against the iteration before, by more than rounding and three Monte Carlo
             errors of the difference; or became NaN. False where its error is not known, as for guides fitted by SVI
-            and for a single draw.
+            and for a single draw; and where classical EM fits a π that images share and their sum did not fall.
         monotone: whether the strategy promises that it never does.
         ami, ari: adjusted mutual information and adjusted Rand index of argmax_k γ_k against the true groups, NaN also
             where an image has none; None without groups.
@@ -220,6 +220,12 @@ def _trace_of(strategy: Strategy, posterior: Posterior, x: Tensor, groups: Tenso
         truth = groups.expand_as(labels)
         ami = from_the_end(adjusted_mutual_information(truth, labels))
         ari = from_the_end(adjusted_rand_index(truth, labels))
+    eps = torch.finfo(posterior.gamma.dtype).eps
+    decreased = _decreased(elbo, _error(terms, T), x[0].numel(), eps)
+    if strategy.model.mixing_kind == "learned" and posterior.trace is None:
+        # π was fitted to all images, whose ELBO together is what rises.
+        total, error = elbo.sum(1, keepdim=True), _error(terms, T).square().sum(1, keepdim=True).sqrt()
+        decreased = decreased & _decreased(total, error, x.numel(), eps)
     return Trace(
         terms=terms,
         elbo=elbo,
@@ -228,7 +234,7 @@ def _trace_of(strategy: Strategy, posterior: Posterior, x: Tensor, groups: Tenso
             torch.special.entr((weights.unsqueeze(-2) * gamma.double()).sum(-1)).sum(-1).exp()
         ),
         change=from_the_end(theta.double().diff(dim=0).square().mean((-2, -1)).sqrt()),
-        decreased=_decreased(elbo, _error(terms, T), x, torch.finfo(posterior.gamma.dtype).eps),
+        decreased=decreased,
         monotone=strategy.monotone and not terms.is_bound,
         ami=ami,
         ari=ari,
@@ -251,10 +257,10 @@ def _error(terms: Terms, T: int) -> Tensor:
     return error.where(~error.isnan(), math.inf)
 
 
-def _decreased(elbo: Tensor, error: Tensor, x: Tensor, eps: float) -> Tensor:
-    """Where the ELBO (T, B) fell by more than its rounding and its errors, or became NaN."""
+def _decreased(elbo: Tensor, error: Tensor, size: int, eps: float) -> Tensor:
+    """Where the ELBO (T, B) of so many numbers fell by more than its rounding and its errors, or became NaN."""
     before, after = elbo[:-1], elbo[1:]
-    rounding = ROUNDING * eps * (before.abs() + x[0].numel())
+    rounding = ROUNDING * eps * (before.abs() + size)
     fell = after < before - rounding - CERTAIN * torch.hypot(error[:-1], error[1:])
     became_nan = after.isnan() & ~before.isnan()
     return torch.cat([torch.zeros_like(elbo[:1], dtype=torch.bool), fell | became_nan])
