@@ -154,6 +154,10 @@ def test_a_sampler_has_terms_too():
     terms = quietly(elbo_terms, model, strategy, images(2))
     assert terms.elbo.shape == (1, 2)
     assert_identities(terms, 1e-10)
+    posterior = Posterior.concatenate([quietly(strategy.infer, images(count)) for count in (1, 2)])
+    terms = elbo_terms(model, strategy, images(3), posterior=posterior)
+    assert terms.elbo.shape == (1, 3)
+    assert_identities(terms, 1e-10)
 
 
 @pytest.mark.usefixtures("float64")

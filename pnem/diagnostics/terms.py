@@ -13,6 +13,7 @@ from torch import Tensor
 from pnem.errors import StrategyError
 from pnem.inference import Posterior, State, Strategy
 from pnem.inference.checks import require_images
+from pnem.inference.distributions import Concatenated
 from pnem.inference.estimates import check_counts
 from pnem.inference.posterior import extended
 from pnem.inference.proposals import MomentMatched
@@ -236,6 +237,8 @@ def _states(posterior: Posterior, x: Tensor, strategy: Strategy) -> Iterator[Sta
     state = state_of(strategy.model, posterior, x)
     if isinstance(q, MomentMatched):
         q = q.moment_matched()
+    elif isinstance(q, Concatenated):
+        q = Concatenated([part.moment_matched() if isinstance(part, MomentMatched) else part for part in q.parts])
     yield state if isinstance(q, dist.Delta) else state._replace(distribution=q)
 
 
