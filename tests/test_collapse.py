@@ -13,11 +13,12 @@ from torch import nn
 import pnem
 from pnem.data import ImageDataset, write_hdf5
 from pnem.diagnostics import collapse
+from pnem.diagnostics.collapse import judge
 from pnem.diagnostics.parting import parting
 from pnem.diagnostics.symptoms import Symptoms, confidently_wrong, duplicates, foreground, shares, symptoms
 from pnem.errors import DataError
 from pnem.inference import RNNEM, VAE, IterativeVI, encoders
-from pnem.models import Bernoulli, MixtureOfNormals, Normal, SpatialMixture, StudentT, decoders
+from pnem.models import Bernoulli, DiagonalNormal, MixtureOfNormals, Normal, SpatialMixture, StudentT, decoders
 
 SHAPE = (8, 8, 1)
 
@@ -114,6 +115,14 @@ def test_a_normal_pixel_is_wrong_where_its_residual_costs_ten_nats():
     x = torch.tensor([0.0, 0.99 * away, 1.01 * away, -1.01 * away]).view(1, 4, 1)
     wrong = confidently_wrong(Normal(0.1), x, torch.zeros(1, 1, 4, 1), torch.ones(1, 1, 4))
     assert wrong.tolist() == [0.5]
+
+
+def test_right_predictions_of_many_channels_are_not_wrong():
+    torch.manual_seed(0)
+    x = 0.3 * torch.randn(50, 64, 10)
+    psi = torch.zeros(50, 1, 64, 10)
+    assert confidently_wrong(Normal(0.3), x, psi, torch.ones(50, 1, 64)).mean() < 1e-3
+    assert confidently_wrong(Normal(0.3), x, psi + 2, torch.ones(50, 1, 64)).mean() > 0.99
 
 
 def test_a_likelihood_without_a_best_is_not_judged():
@@ -256,6 +265,21 @@ def test_half_of_the_latent_dimensions_are_inactive():
     with torch.no_grad():
         strategy.head.weight[:1] = 1
     assert collapse(as_run(model, strategy), dataset()) == []
+
+
+def test_activity_is_measured_by_the_scale_that_the_prior_has_learned():
+    prior = DiagonalNormal(4)
+    with torch.no_grad():
+        prior.log_scale.copy_(torch.tensor([0.02, 0.02, 1.0, 20.0]).log())
+    model = SpatialMixture(decoders.MLP(4, SHAPE, hidden=(16,)), Bernoulli(), 1, prior=prior)
+    x = dataset(50)[:].x
+    strategy = VAE(model)
+    means = 0.9 * prior.distribution().sample((50, 1))
+    means[..., 3] /= 50
+    q = strategy.unroll(x)[-1]._replace(location=means, scale=0.4 * prior.log_scale.exp().expand_as(means))
+    assert judge(symptoms(model, q, x), strategy) == []
+    (finding,) = judge(symptoms(model, q, x), strategy, inactive=0.25)
+    assert (finding.name, finding.value) == ("posterior collapse", 1)
 
 
 def test_only_a_distribution_of_theta_can_collapse():

@@ -58,13 +58,14 @@ def collapse(
       image on average (1 % of it or more). What counts is `pnem.diagnostics.symptoms.shares`.
     - *duplicated components*: in most images two components explain the same pixels alike.
     - *posterior collapse*: at least half of the latent dimensions are inactive: the mean of q(θ) varies over images by
-      less than 0.01 (Burda et al. 2016, "Importance weighted autoencoders"), for each component, and averaged over
-      them, so that a component of its own for each index does not count as activity. Not for a Delta; and the means
-      of a sampler have the error of its draws, which takes some hundreds to be below.
+      less than 0.01 of the prior's variance (Burda et al. 2016, "Importance weighted autoencoders", whose prior has
+      variance 1), for each component, and averaged over them, so that a component of its own for each index does not
+      count as activity. Not for a Delta; and the means of a sampler have the error of its draws, which takes some
+      hundreds to be below.
     - *one component explains everything*: it has over 99 % of the image, in most images.
     - *saturated decoder*: over 0.5 % of the pixels are predicted wrongly with such confidence that each costs over 10
-      nats: for Bernoulli pixels a logit beyond ±10, for Normal ones a mean 4.5 σ away. Confident right predictions,
-      or a small σ that is right, are no finding.
+      nats (and one more for each further channel): for Bernoulli pixels a logit beyond ±10, for Normal ones a mean
+      4.5 σ away. Confident right predictions, or a small σ that is right, are no finding.
     - *loss and grouping part ways*: in the run's history the validation ARI fell while the validation loss fell.
 
     Args:
@@ -174,13 +175,16 @@ def _one_for_all(seen: Symptoms, strategy: Strategy) -> list[Finding]:
 def _inactive(seen: Symptoms, strategy: Strategy, share: float) -> list[Finding]:
     if seen.location is None or len(seen) < MINIMUM:
         return []
-    inactive = seen.location.double().var(0).mean(0) < ACTIVE
+    model = strategy.model
+    # A prior that is learned has a scale of its own.
+    prior = model.prior_distribution().variance.detach().double() if model.has_proper_prior else 1.0
+    inactive = seen.location.double().var(0).mean(0) / prior < ACTIVE
     count, M = int(inactive.sum()), len(inactive)
     if count < share * M:
         return []
     what = (
         f"{count} of {M} latent dimensions say nothing of the image: over {len(seen)} images the mean of q(θ) has a "
-        f"variance below {ACTIVE}"
+        f"variance below {ACTIVE} of the prior's"
     )
     if seen.divergence is not None:
         largest = float(seen.divergence.double().mean((0, 1))[inactive].max())
@@ -193,7 +197,7 @@ def _inactive(seen: Symptoms, strategy: Strategy, share: float) -> list[Finding]
             "a smaller decoder",
             "IterativeVI, which fits q to each image",
         ]
-        if isinstance(strategy.model.likelihood, Normal):
+        if isinstance(model.likelihood, Normal):
             ideas.insert(0, "a smaller sigma, which makes the pixels count more against the prior")
         if strategy.noise is not None:
             ideas.append("less input noise")

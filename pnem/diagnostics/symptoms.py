@@ -135,13 +135,14 @@ def confidently_wrong(likelihood: Likelihood, x: Tensor, psi: Tensor, gamma: Ten
     """The share of pixels that are predicted confidently and wrongly, in [0, 1]: x (B, D, C), ψ, γ (B, K, D) -> (B,).
 
     Such a pixel costs more than 10 nats over the best that the likelihood has for it: for Bernoulli pixels it has a
-    logit beyond ±10 on the wrong side, for Normal ones a mean 4.5 σ away. Each component counts for what it is
+    logit beyond ±10 on the wrong side, for Normal ones a mean 4.5 σ away. Every further channel may cost another nat,
+    for its noise costs a right prediction half of one on average. Each component counts for what it is
     responsible. A confident prediction that is right is none of them. NaN for likelihoods that have no best, because
     they may be infinitely sharp.
     """
     x = x.to(psi.dtype)
     best = likelihood.saturated_log_prob(x)
-    wrong = best.unsqueeze(-2) - likelihood.log_prob(x.unsqueeze(-3), psi) > WRONG
+    wrong = best.unsqueeze(-2) - likelihood.log_prob(x.unsqueeze(-3), psi) > WRONG + x.shape[-1] - 1
     share = (gamma * wrong).double().sum(-2).mean(-1)
     return share.masked_fill(best.isinf().any(-1), math.nan)
 
