@@ -132,6 +132,8 @@ class SemiAmortised(Strategy):
         with torch.no_grad():
             ascent, kept = self._unpack(state)
             ascent = ascent.tried(lambda point: self._value_and_gradient(point, state, x), _metric(ascent.point, state))
+            if kept:
+                ascent = ascent._replace(size=torch.minimum(ascent.size, _longest(ascent, state)))
             return state._replace(memory=_pack([*ascent, *kept], state))
 
     def choose(self, state: State, x: Tensor, *, certain: float = CERTAIN) -> State:
@@ -252,6 +254,16 @@ def _metric(point: Tensor, state: State) -> Tensor:
         return torch.ones_like(point)
     log_scale = point.unflatten(-1, (state.theta.shape[-2], -1)).chunk(2, -1)[1]
     return torch.cat([(2 * log_scale).exp(), torch.full_like(log_scale, 0.5)], -1).flatten(1)
+
+
+def _longest(ascent: Ascent, state: State) -> Tensor:
+    """The length t of a trial that changes no scale of a normal by more than a factor e: (B,).
+
+    As long as q is much narrower than p(θ | x) the slope of the ELBO in log s is constant, and promises that no t is
+    too long.
+    """
+    direction = (_metric(ascent.point, state) * ascent.gradient).unflatten(-1, (state.theta.shape[-2], -1))
+    return 1 / direction.chunk(2, -1)[1].abs().amax((-2, -1))
 
 
 def _shifted(state: State, point: Tensor) -> State:

@@ -1,5 +1,7 @@
 """Semi-amortised inference: what it promises on an image's ELBO, where its steps end, what training sees of them."""
 
+import math
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -90,6 +92,21 @@ def test_reaches_the_optimum_of_the_normal_family_where_it_is_known():
     best = dist.Normal(mean, precision.diagonal().rsqrt().expand_as(mean)).to_event(2)
     gap = exact_elbo(model, x, best, precision) - exact_elbo(model, x, found, precision)
     assert bool((gap < 1e-6).all())
+
+
+@float64
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 10.0])
+def test_a_start_of_another_order_of_magnitude_converges_as_fast(scale):
+    model, x, mean, precision = linear_gaussian(10)
+    start = vae(model)
+    with torch.no_grad():
+        for parameter in start.parameters():
+            parameter.zero_()
+        start.head.bias[mean.shape[-1] :] = math.log(scale)
+    assert start.infer(x).q.stddev.unique().item() == pytest.approx(scale, rel=0.01)
+    found = SemiAmortised(start, steps=60).infer(x).q
+    torch.testing.assert_close(found.mean, mean, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.variance, (1 / precision.diagonal()).expand_as(mean), rtol=1e-3, atol=1e-4)
 
 
 @float64
