@@ -17,7 +17,7 @@ from pnem.diagnostics import budget as budget_module
 from pnem.diagnostics import diagnose, elbo_terms
 from pnem.diagnostics.budget import Budget
 from pnem.errors import DataError
-from pnem.inference import VAE, encoders
+from pnem.inference import VAE, PyroGuide, encoders
 from pnem.models import Bernoulli, SpatialMixture, decoders
 
 SMALL = {"limit": 12, "budget": None}
@@ -166,6 +166,15 @@ def test_a_budget_takes_images_off_the_slow_parts(vae):
     data = {"test": ImageDataset(*arrays(200))}
     found = diagnose(vae, data, budget=1e-6)
     assert found.images == {"trace": 10, "gap": 10, "reliability": 10}
+
+
+@pytest.mark.filterwarnings("ignore::pnem.inference.ConvergenceWarning")
+def test_a_guide_that_fits_every_image_is_not_unrolled_for_its_gradients(vae, monkeypatch):
+    strategy = PyroGuide(vae.model, "AutoNormal", steps=2)
+    monkeypatch.setattr(strategy, "unroll", lambda *_: pytest.fail("an unroll fits all images anew"))
+    found = diagnose(vae.using(strategy), splits(), limit=3, budget=None)
+    assert len(found.reliability.k_hat) == 3
+    assert "gradient_snr" in found.absent
 
 
 def test_bad_input_is_refused(rnn_em):

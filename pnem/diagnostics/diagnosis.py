@@ -18,7 +18,7 @@ from pnem.diagnostics.gaps import InferenceGap, inference_gap
 from pnem.diagnostics.reliability import Reliability, reliability
 from pnem.diagnostics.tracing import Trace, trace
 from pnem.errors import DataError, StrategyError
-from pnem.inference import ConvergenceWarning
+from pnem.inference import NUTS, ConvergenceWarning, PyroGuide
 from pnem.loading import check_images, open_split
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def diagnose(
 
     `trace` comes first, on as many images as there is time for; then `collapse`, on up to 500 of these,
     `inference_gap` and `reliability`. Each begins with ten images, which it gets in any case: for strategies that
-    fit each image by itself (guides, NUTS) these alone can take longer than the budget. Calibration is left out for
-    those; `pnem.diagnostics.calibration` has it.
+    fit each image by itself (guides, NUTS) these alone can take longer than the budget. Calibration and gradients
+    are left out for those; `pnem.diagnostics.reliability` has them.
 
     Args:
         run: the fitted run.
@@ -113,12 +113,14 @@ def diagnose(
             absent["inference gap"] = str(error)
         amortised = next(strategy.parameters(), None) is not None
         simulations = SIMULATIONS if amortised else 0
-        once = reliability(model, strategy, x[:MINIBATCH], samples=0, restarts=0, simulations=simulations)
         parts = [
             reliability(model, strategy, x[piece], repetitions=0, simulations=0)
             for piece in pieces("reliability", AT_ONCE, 1.0)
         ]
-        reliable = Reliability.concatenate([*parts, once])
+        # Where every unroll fits all images anew, tens of them take hours.
+        if not isinstance(strategy, NUTS | PyroGuide):
+            parts.append(reliability(model, strategy, x[:MINIBATCH], samples=0, restarts=0, simulations=simulations))
+        reliable = Reliability.concatenate(parts)
         posterior = strategy.infer(x[:SHOWN], keep_trace=False)
     return Diagnosis(
         name=type(strategy).__name__ if run.directory is None else run.directory.name,
