@@ -187,6 +187,9 @@ def test_tables_fit_the_terminal_and_hold_everything(mixed, width):
 
 def test_json_holds_the_table_and_all_pairs(mixed):
     _, result = mixed
+    table = result.table.copy()
+    table.loc["vae", "elbo_se"] = math.inf
+    assert json.loads(dataclasses.replace(result, table=table).to_json(), parse_constant=pytest.fail)["table"]
     stored = json.loads(result.to_json(), parse_constant=pytest.fail)
     assert [row["run"] for row in stored["table"]] == ["vae", "iterative vi", "gradient-em"]
     assert stored["table"][0]["log_marginal"] == result.table["log_marginal"]["vae"]

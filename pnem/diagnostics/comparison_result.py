@@ -141,7 +141,7 @@ class Comparison:
         return captured.get().rstrip("\n")
 
     def to_json(self) -> str:
-        """Everything but the scores of single images, as JSON; what there is none of is null."""
+        """Everything but the scores of single images, as JSON; what there is none of, or is infinite, is null."""
         content = {
             "split": self.split,
             "images": self.images,
@@ -206,6 +206,9 @@ def _bounded(run: Run, q: str) -> Hashable:
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [
-        {str(name): None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
+        {
+            str(name): None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
         for row in table.astype(object).to_dict("records")
     ]
