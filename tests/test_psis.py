@@ -97,3 +97,5 @@ def test_too_few_weights_are_refused():
     for shape in ((29, 2), (100,), (2, 100, 3)):
         with pytest.raises(DataError, match=r"needs \(L, B\), L ≥ 30 weights"):
             psis_k_hat(torch.randn(shape))
+    with pytest.raises(DataError, match="must be a tensor, but is of type ndarray"):
+        psis_k_hat(torch.randn(100, 2).numpy())

@@ -405,6 +405,14 @@ def test_bad_arguments_are_refused():
         reliability(model, strategy, images(2, (3, 3, 1)))
     with pytest.raises(StrategyError, match="repetitions must be at least 2"):
         gradient_signal_to_noise(strategy, x, 1)
+    for wrong in (x[0], x.unflatten(1, (3, 4)), x.numpy(), x + 3):
+        with pytest.raises(ModelError):
+            gradient_signal_to_noise(strategy, wrong, 2)
+    with pytest.raises(StrategyError, match="at least one image"):
+        gradient_signal_to_noise(strategy, images(0), 2)
+    for function in (gradient_signal_to_noise, restart_spread):
+        with pytest.raises(StrategyError, match="strategy must be a Strategy, but is of type SpatialMixture"):
+            function(model, x, 2)
     with pytest.raises(StrategyError, match="restarts must be at least 2"):
         restart_spread(strategy, x, 1)
     with pytest.raises(StrategyError, match="depends on the image alone"):

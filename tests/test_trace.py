@@ -423,6 +423,8 @@ def test_restarts_of_a_strategy_that_has_none_are_refused(name):
         ({"groups": torch.zeros(2, 12)}, DataError, "float32.*integers"),
         ({"groups": torch.zeros(2, 11).long()}, DataError, r"\(2, 11\).*\(2, 12\)"),
         ({"groups": torch.zeros(12).long()}, DataError, r"\(12,\)"),
+        ({"groups": torch.ones(2, 12).bool()}, DataError, "bool.*integers"),
+        ({"posterior": images(2)}, StrategyError, "of type Tensor"),
         ({"groups": torch.full((2, 12), -1)}, DataError, "from 0 on"),
         ({"posterior": gradient_em().infer(images(3))}, StrategyError, "of 3 images, but x holds 2"),
         ({"posterior": gradient_em().infer(images(2)), "restarts": 2}, StrategyError, "leave one of them out"),
@@ -431,3 +433,8 @@ def test_restarts_of_a_strategy_that_has_none_are_refused(name):
 def test_bad_input_is_named(change, error, message):
     with pytest.raises(error, match=message):
         trace(gradient_em(), **{"x": images(2), **change})
+
+
+def test_a_model_in_the_place_of_a_strategy_is_named():
+    with pytest.raises(StrategyError, match="strategy must be a Strategy, but is of type SpatialMixture"):
+        trace(gradient_em().model, images(2))

@@ -10,8 +10,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pnem.diagnostics.checks import check_pair
 from pnem.diagnostics.findings import Finding
-from pnem.diagnostics.terms import check_pair
 from pnem.diagnostics.uniformity import uniformity_p_values
 from pnem.errors import StrategyError
 from pnem.inference import Strategy

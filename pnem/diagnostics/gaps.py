@@ -10,8 +10,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pnem.diagnostics.checks import check_pair, check_posterior
 from pnem.diagnostics.local_optima import delta_optimum, is_normal, refined_normals
-from pnem.diagnostics.terms import check_pair
 from pnem.errors import StrategyError
 from pnem.inference import ConvergenceWarning, Posterior, Strategy, annealed_importance_sampling
 from pnem.inference.checks import require_images
@@ -200,10 +200,8 @@ def inference_gap(
     require_images(model, x)
     if posterior is None:
         posterior = strategy.infer(x, keep_trace=False)
-    if len(posterior.theta) != len(x):
-        raise StrategyError(
-            f"the posterior is of {len(posterior.theta)} images, but x holds {len(x)}: give the same images"
-        )
+    else:
+        check_posterior(model, posterior, x)
     amortised = next(strategy.parameters(), None) is not None
     if isinstance(posterior.q, dist.Delta):
         gap = _of_delta(strategy, posterior, x, steps, amortised)

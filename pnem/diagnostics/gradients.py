@@ -7,8 +7,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pnem.diagnostics.checks import check_strategy
 from pnem.errors import StrategyError
 from pnem.inference import Strategy
+from pnem.inference.checks import require_images
 from pnem.inference.estimates import check_counts
 
 __all__ = ["gradient_signal_to_noise"]
@@ -36,7 +38,9 @@ def gradient_signal_to_noise(strategy: Strategy, x: Tensor, repetitions: int = 2
         name after ``model.`` or ``strategy.``. Of strategies that have no parameters it is the model's alone.
 
     Raises:
-        StrategyError: repetitions < 2, a strategy that cannot be unrolled, or an ELBO that depends on no parameter.
+        ModelError: `x` does not fit the model.
+        StrategyError: repetitions < 2, no images, a strategy that cannot be unrolled, or an ELBO that depends on no
+            parameter.
 
     >>> from pnem.inference import VAE
     >>> from pnem.models import Bernoulli, SpatialMixture, decoders
@@ -47,6 +51,9 @@ def gradient_signal_to_noise(strategy: Strategy, x: Tensor, repetitions: int = 2
     check_counts(repetitions=repetitions)
     if repetitions < 2:
         raise StrategyError("repetitions must be at least 2: the noise of a single gradient cannot be seen")
+    check_strategy(strategy)
+    strategy.model.check(x, new=True)
+    require_images(strategy.model, x)
     named = [
         (f"{prefix}.{name}", parameter)
         for prefix, module in (("model", strategy.model), ("strategy", strategy))

@@ -44,12 +44,16 @@ def psis_k_hat(log_weights: Tensor) -> Tensor:
         a weight is NaN or ∞.
 
     Raises:
-        DataError: a shape that is not (L, B), or L < 30.
+        DataError: no tensor, a shape that is not (L, B), or L < 30.
 
     >>> log_weights = -0.5 * torch.rand(1000, 2).log()  # P(w > v) = v⁻², for which k = 0.5
     >>> bool((psis_k_hat(log_weights) - 0.5).abs().max() < 0.4)
     True
     """
+    if not isinstance(log_weights, Tensor):
+        raise DataError(
+            f"log_weights must be a tensor, but is of type {type(log_weights).__name__}: give torch.as_tensor of it"
+        )
     if log_weights.dim() != 2 or len(log_weights) < LEAST_WEIGHTS:
         raise DataError(
             f"log_weights has shape {tuple(log_weights.shape)}, but this needs (L, B), L ≥ {LEAST_WEIGHTS} weights for "

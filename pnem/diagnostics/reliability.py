@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pnem.diagnostics.calibration import Calibration, as_p_value, calibration
+from pnem.diagnostics.checks import check_pair, check_posterior
 from pnem.diagnostics.findings import Finding
 from pnem.diagnostics.gradients import gradient_signal_to_noise
 from pnem.diagnostics.psis import GOOD_K_HAT, LEAST_WEIGHTS, k_hat_findings, psis_k_hat, unreliable
 from pnem.diagnostics.restarts import RestartSpread, restart_spread, same_mixing
-from pnem.diagnostics.terms import check_pair
 from pnem.errors import StrategyError
 from pnem.inference import Posterior, Strategy
 from pnem.inference.checks import require_images
@@ -194,10 +194,8 @@ def reliability(
     if posterior is None:
         with same_mixing(model):
             posterior = first = strategy.infer(x, keep_trace=False)
-    elif len(posterior.theta) != len(x):
-        raise StrategyError(
-            f"the posterior is of {len(posterior.theta)} images, but x holds {len(x)}: give the same images"
-        )
+    else:
+        check_posterior(model, posterior, x)
     parts = (
         _weights(strategy, x, samples, width, posterior),
         _gradients(strategy, x[:MINIBATCH], repetitions),

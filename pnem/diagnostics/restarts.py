@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pnem.diagnostics.checks import check_strategy
 from pnem.diagnostics.findings import Finding
 from pnem.diagnostics.terms import elbo_terms
 from pnem.errors import StrategyError
@@ -94,6 +95,7 @@ def restart_spread(
     check_counts(restarts=restarts)
     if restarts < 2:
         raise StrategyError("restarts must be at least 2: of a single one there is no spread")
+    check_strategy(strategy)
     strategy.check_infer(restarts, strategy.iterations, None)
     model = strategy.model
     elbos, errors, labels, decided = [], [], [], []

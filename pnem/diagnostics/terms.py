@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pnem.errors import StrategyError
+from pnem.diagnostics.checks import check_pair, check_posterior
 from pnem.inference import Posterior, State, Strategy
 from pnem.inference.checks import require_images
 from pnem.inference.distributions import Concatenated
@@ -19,7 +19,7 @@ from pnem.inference.posterior import extended
 from pnem.inference.proposals import MomentMatched
 from pnem.models import SpatialMixture
 
-__all__ = ["Terms", "check_pair", "elbo_terms", "state_at", "state_of", "terms_at"]
+__all__ = ["Terms", "elbo_terms", "state_at", "state_of", "terms_at"]
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,6 @@ class Terms:
         error = elbo.std(-1) / math.sqrt(images) if images > 1 else elbo[:, 0] * math.nan
         columns |= {"elbo": elbo.mean(-1).cpu().numpy(), "elbo_se": error.cpu().numpy()}
         return pd.DataFrame(columns, index=pd.RangeIndex(1, len(elbo) + 1, name="iteration"))
-
-
-def check_pair(model: SpatialMixture, strategy: Strategy) -> None:
-    """Raises `StrategyError` unless the strategy is one of this model."""
-    if strategy.model is not model:
-        raise StrategyError(
-            f"this {type(strategy).__name__} is a strategy of another model than the one given: build it as "
-            f"{type(strategy).__name__}(model, ...), or give strategy.model"
-        )
 
 
 def terms_at(strategy: Strategy, state: State) -> Terms:
@@ -210,10 +201,7 @@ def elbo_terms(
     model.check(x, missing=True, new=True)
     require_images(model, x)
     if posterior is not None:
-        if len(posterior.theta) != len(x):
-            raise StrategyError(
-                f"the posterior is of {len(posterior.theta)} images, but x holds {len(x)}: give the same images"
-            )
+        check_posterior(model, posterior, x)
         return _terms_of(strategy, posterior, x, draws)
     together = model.mixing_kind == "per_image"
     pieces = [x] if together else x.split(batch_size)

@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pnem.diagnostics.checks import check_posterior, check_strategy
 from pnem.diagnostics.findings import Finding
 from pnem.diagnostics.symptoms import foreground
 from pnem.diagnostics.terms import Terms, elbo_terms
@@ -172,6 +173,7 @@ def trace(
     (torch.Size([6, 2]), True, [])
     """
     check_counts(draws=draws, batch_size=batch_size, restarts=restarts)
+    check_strategy(strategy)
     model = strategy.model
     model.check(x, missing=True, new=True)
     if groups is not None:
@@ -181,6 +183,7 @@ def trace(
             raise StrategyError(
                 f"restarts={restarts} change nothing of a posterior that is given: leave one of them out"
             )
+        check_posterior(model, posterior, x)
         return _trace_of(strategy, posterior, x, groups, draws)
     size = max(1, len(x)) if model.mixing_kind == "per_image" else batch_size
     parts = []
@@ -193,7 +196,8 @@ def trace(
 
 def _checked(groups: Tensor, x: Tensor) -> Tensor:
     groups = torch.as_tensor(groups, device=x.device)
-    if groups.shape != x.shape[:2] or groups.is_floating_point() or bool((groups < 0).any()):
+    countable = not groups.is_floating_point() and groups.dtype != torch.bool
+    if groups.shape != x.shape[:2] or not countable or bool((groups < 0).any()):
         raise DataError(
             f"groups are {groups.dtype} of shape {tuple(groups.shape)}, but these images need integers from 0 on, "
             f"(B, D) = {tuple(x.shape[:2])}: the true group of each pixel"
