@@ -40,6 +40,11 @@ def open_splits(data: str | Path | Mapping[str, ImageDataset], names: Sequence[s
         if missing:
             raise DataError(f"the data have splits {sorted(data)}, but {missing[0]!r} is needed")
         datasets, source = {name: data[name] for name in names}, "memory"
+    elif not isinstance(data, str | Path):
+        raise DataError(
+            f"data are of type {type(data).__name__}: give the path of an HDF5 file, an ImageDataset(images, groups), "
+            "or a mapping from the names of splits to them"
+        )
     else:
         datasets, source = {name: ImageDataset.from_hdf5(data, name, with_groups=None) for name in names}, str(data)
     for name, dataset in datasets.items():

@@ -203,7 +203,7 @@ def test_what_cannot_be_taken_apart_is_refused():
     with pytest.raises(StrategyError, match="of 3 images, but x holds 2"):
         elbo_terms(model, strategy, images(2), posterior=strategy.infer(images(3)))
     smaller = SpatialMixture(decoders.Linear(5, (3, 4, 1)), Bernoulli(), 2)
-    with pytest.raises(StrategyError, match=r"theta has shape \(2, 3, 5\), but this model needs .* = \(2, 2, 5\)"):
+    with pytest.raises(StrategyError, match=r"theta has shape \(2, 3, 5\), but x and this model need .* = \(2, 2, 5\)"):
         elbo_terms(smaller, RNNEM(smaller), images(2), posterior=strategy.infer(images(2)))
     with pytest.raises(StrategyError, match=r"must be what strategy\.infer\(x\) gives, but is of type Tensor"):
         elbo_terms(model, strategy, images(2), posterior=images(2))

@@ -6,10 +6,16 @@ from collections.abc import Iterator
 
 from pnem.errors import DataError
 
-__all__ = ["Budget"]
+__all__ = ["Budget", "check_budget"]
 
 # Images of the first piece, by whose time the next ones are judged.
 FEW = 10
+
+
+def check_budget(seconds: float | None) -> None:
+    """Raises `DataError` unless the seconds are positive and finite, or None."""
+    if seconds is not None and not (isinstance(seconds, int | float) and 0 < seconds < math.inf):
+        raise DataError(f"budget={seconds!r}: give a positive number of seconds, or None for no bound")
 
 
 class Budget:
@@ -26,8 +32,7 @@ class Budget:
     """
 
     def __init__(self, seconds: float | None = None):
-        if seconds is not None and not 0 < seconds < math.inf:
-            raise DataError(f"budget={seconds}: give a positive number of seconds, or None for no bound")
+        check_budget(seconds)
         self.seconds = seconds
         self._start = time.monotonic()
 

@@ -44,8 +44,8 @@ def check_posterior(model: SpatialMixture, posterior: Posterior, x: Tensor) -> N
     shape = (len(x), model.num_components, model.latent_features)
     if tuple(posterior.theta.shape) != shape:
         raise StrategyError(
-            f"the posterior's theta has shape {tuple(posterior.theta.shape)}, but this model needs (B, K, M) = {shape}: give "
-            "what a strategy of this model inferred"
+            f"the posterior's theta has shape {tuple(posterior.theta.shape)}, but x and this model need (B, K, M) = "
+            f"{shape}: give what one of its strategies inferred"
         )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pnem.data import ImageDataset
+from pnem.diagnostics.checks import check_run
 from pnem.diagnostics.findings import Finding
 from pnem.diagnostics.parting import parting
 from pnem.diagnostics.symptoms import Symptoms, symptoms
@@ -77,8 +78,10 @@ def collapse(
         seed: of the initial γ.
 
     Raises:
+        RunError: no run.
         DataError: the run's own data are gone or were in memory, fewer than 30 images, or as `Run.infer_batches`.
     """
+    check_run(run)
     dataset = open_split(_own_data(run) if data is None else data, split, run.model).limited(limit)
     if len(dataset) < MINIMUM:
         raise DataError(

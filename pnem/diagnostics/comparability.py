@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pnem.diagnostics.checks import check_run
 from pnem.errors import RunError
 from pnem.models import SpatialMixture
 from pnem.models.config import describe
@@ -29,6 +30,10 @@ def check_comparable(runs: Mapping[str, Run], measures: str) -> None:
     """
     if measures not in MEASURES:
         raise RunError(f"measures must be one of {', '.join(MEASURES)}, but is {measures!r}")
+    if not isinstance(runs, Mapping) or not all(isinstance(name, str) for name in runs):
+        raise RunError(f'runs must be a mapping from names to runs, such as {{"vae": run}}, but is {runs!r:.60}')
+    for name, run in runs.items():
+        check_run(run, name)
     if len(runs) < 2:
         raise RunError("there is nothing to compare: give at least two runs; Run.evaluate scores one alone")
     for (a, run_a), (b, run_b) in itertools.combinations(runs.items(), 2):

@@ -12,6 +12,7 @@ from torch import Tensor
 from pnem.data import ImageDataset
 from pnem.data.arrays import check_whole
 from pnem.devices import forked_rng
+from pnem.diagnostics.budget import check_budget
 from pnem.diagnostics.comparability import check_comparable
 from pnem.diagnostics.comparison_result import Comparison, Measured, kind_of
 from pnem.diagnostics.gaps import inference_gap
@@ -100,8 +101,7 @@ def compare(
     """
     check_whole(batch_size, "batch_size")
     check_whole(samples, "samples", LEAST_WEIGHTS)
-    if budget is not None and not budget > 0:
-        raise DataError(f"budget={budget}: give a positive number of seconds, or None for no limit")
+    check_budget(budget)
     check_comparable(runs, measures)
     dataset = open_split(data, split, next(iter(runs.values())).model)
     dataset = dataset if limit is None else dataset.limited(limit)

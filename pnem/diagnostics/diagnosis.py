@@ -12,6 +12,7 @@ from pnem.data import ImageDataset
 from pnem.data.arrays import check_whole
 from pnem.devices import forked_rng
 from pnem.diagnostics.budget import Budget
+from pnem.diagnostics.checks import check_run
 from pnem.diagnostics.collapse import collapse
 from pnem.diagnostics.diagnosis_result import Diagnosis
 from pnem.diagnostics.gaps import InferenceGap, inference_gap
@@ -65,9 +66,11 @@ def diagnose(
         progress: whether to show progress bars.
 
     Raises:
+        RunError: no run.
         DataError: the split is missing, empty, or does not fit the model; limit or batch_size is below 1, or budget
             not positive.
     """
+    check_run(run)
     check_whole(batch_size, "batch_size")
     time = Budget(budget)
     dataset = open_split(data, split, run.model).limited(limit)
