@@ -1,4 +1,4 @@
-"""The command line: ``pnem data``, ``train``, ``evaluate``, ``infer``, ``compare``, ``em``, ``demo``."""
+"""The command line: ``pnem data``, ``train``, ``evaluate``, ``infer``, ``diagnose``, ``compare``, ``em``, ``demo``."""
 
 import errno
 import json

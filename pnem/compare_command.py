@@ -83,14 +83,24 @@ def compare(
 
 def _check_paths(directories: list[Path], data: Path, json_file: Path | None, figure: Path | None) -> None:
     """Raises `RunError` for what had better be known before a long computation."""
-    if len(directories) < 2 or data.is_dir():
+    from pnem.files import check_new
+
+    if data.is_dir():
+        wrong = f"the last argument, {data}, is a directory"
+    elif len(directories) < 2:
+        wrong = (
+            f"{len(directories) or 'no'} run director{'y' if len(directories) == 1 else 'ies'} before the data {data}"
+        )
+    else:
+        wrong = ""
+    if wrong:
         raise RunError(
-            f"{len(directories)} run directories and data {data} were given: give at least two directories and last "
-            "the HDF5 file, as in pnem compare runs/A runs/B data.h5"
+            f"{wrong}: give at least two run directories and last the HDF5 file, as in "
+            "pnem compare runs/A runs/B data.h5"
         )
     for file in (json_file, figure):
-        if file is not None and file.exists():
-            raise RunError(f"{file} exists already: choose another name")
+        if file is not None:
+            check_new(file)
     if figure is not None and figure.suffix not in (".png", ".pdf", ".svg"):
         raise RunError(f"{figure} has the suffix {figure.suffix!r}: figures are written as .png, .pdf or .svg")
 

@@ -6,8 +6,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pnem.errors import RunError
-
 __all__ = ["diagnose"]
 
 
@@ -36,12 +34,12 @@ def diagnose(
     Example: `pnem diagnose runs/rnn-em shapes.h5 --figures figures`
     """
     from pnem.diagnostics import diagnose as diagnosis_of
-    from pnem.files import write_atomically
+    from pnem.files import check_new, write_atomically
     from pnem.run import load
 
     for path in (figures, json_file):
-        if path is not None and path.exists():
-            raise RunError(f"{path} exists already: choose another name")
+        if path is not None:
+            check_new(path)
     found = diagnosis_of(
         load(run, device=device),
         data,

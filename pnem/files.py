@@ -5,7 +5,19 @@ from pathlib import Path
 
 from pnem.errors import RunError
 
-__all__ = ["write_atomically"]
+__all__ = ["check_new", "write_atomically"]
+
+
+def check_new(path: Path) -> None:
+    """Raises `RunError` if there is something at `path`, or nothing can be made there: to be known before a long job.
+
+    Folders on the way to it may be missing.
+    """
+    if path.exists():
+        raise RunError(f"{path} exists already: choose another name")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise RunError(f"cannot write {path}: {folder} is not a folder that can be written to")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

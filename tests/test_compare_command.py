@@ -66,8 +66,11 @@ def test_nats_that_do_not_compare_are_refused_but_groupings_compare(runs, data):
 
 def test_mistakes_are_one_message_and_write_nothing(runs, data, tmp_path):
     a, b, _ = runs
-    assert "at least two directories" in call(a, data, code=1)
-    assert "last the HDF5 file" in call(a, b, code=1)
+    assert "1 run directory before the data" in call(a, data, code=1)
+    for order in ((a, b), (a, data, b), (a,)):
+        assert f"the last argument, {order[-1]}, is a directory" in call(*order, code=1)
+    for option in ("--json", "--figure"):
+        assert f"{data} is not a folder" in call(a, b, data, option, data / "c.png", code=1)
     assert "given 2 times" in call(a, a.parent / ".." / "a" / "vae", data, code=1)
     assert "no run directory" in call(a, tmp_path / "none", data, code=1)
     assert "does not exist" in call(a, b, tmp_path / "no.h5", code=1)

@@ -14,9 +14,9 @@ import pnem
 from pnem.cli import app
 from pnem.data import ImageDataset
 from pnem.diagnostics import budget as budget_module
-from pnem.diagnostics import diagnose, elbo_terms
+from pnem.diagnostics import collapse, diagnose, elbo_terms
 from pnem.diagnostics.budget import Budget
-from pnem.errors import DataError
+from pnem.errors import DataError, RunError
 from pnem.inference import VAE, PyroGuide, encoders
 from pnem.models import Bernoulli, SpatialMixture, decoders
 
@@ -188,6 +188,11 @@ def test_bad_input_is_refused(rnn_em):
         diagnose(rnn_em, splits(), batch_size=0)
     with pytest.raises(DataError, match=r"\(4, 4, 1\)"):
         diagnose(rnn_em, splits(shape=(4, 4, 1)))
+    with pytest.raises(DataError, match="data are of type Tensor"):
+        diagnose(rnn_em, arrays()[0])
+    for function in (diagnose, collapse):
+        with pytest.raises(RunError, match="run must be a Run, but is of type RNNEM"):
+            function(rnn_em.strategy, splits())
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +229,8 @@ class TestCommand:
         assert there.read_text() == "kept"
 
     def test_says_what_is_wrong(self, files):
+        for option in ("--figures", "--json"):
+            assert "is not a folder that can be written to" in self.call(*files, option, files[1] / "new", code=1)
         assert "positive number of seconds" in self.call(*files, "--budget", -3, code=1)
         assert "no run directory" in self.call(files[0] / "none", files[1], code=1)
         assert "Example: " in self.call("--help")
