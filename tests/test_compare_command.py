@@ -60,7 +60,7 @@ def test_nats_that_do_not_compare_are_refused_but_groupings_compare(runs, data):
     assert "rnn-em" in message
     assert "--measures grouping" in message
     output = call(*runs, data, "--measures", "grouping", "--split", "validation", "--budget", 60, "--device", "cpu")
-    assert "3 runs on 28 validation images" in output
+    assert "3 runs on 28 validation images: mean ± standard error\n" in output
     assert "ELBO" not in output
 
 

@@ -166,6 +166,15 @@ def test_a_budget_takes_images_off_the_slow_parts(vae):
     data = {"test": ImageDataset(*arrays(200))}
     found = diagnose(vae, data, budget=1e-6)
     assert found.images == {"trace": 10, "gap": 10, "reliability": 10}
+    assert found.absent["collapse"] == "the budget allowed 10 images, but it needs 30: raise the budget"
+
+
+def test_one_image_has_no_error_bars_and_one_component_no_confidence(vae):
+    text = printed(diagnose(vae, splits(), limit=1))
+    assert "1 test image " in text
+    assert "no standard errors: there is one image" in text
+    assert "no spread of the ELBO over restarts" in text
+    assert "max γ" not in text
 
 
 @pytest.mark.filterwarnings("ignore::pnem.inference.ConvergenceWarning")

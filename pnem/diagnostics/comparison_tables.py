@@ -49,7 +49,8 @@ class ComparisonTables(NamedTuple):
         result, width = self.comparison, options.max_width
         names = [*result.scores]
         of = f"{result.images:,}" + ("" if result.images == result.available else f" of {result.available:,}")
-        yield Text(f"{len(names)} runs on {of} {result.split} images: mean ± standard error, nats per image")
+        unit = "" if result.measures == "grouping" else ", nats per image"
+        yield Text(f"{len(names)} runs on {of} {result.split} images: mean ± standard error{unit}")
         nats, others = _nats_columns(result), _other_columns(result)
         for part in _parts(names, [nats, others], width):
             yield _table(names, part)

@@ -13,7 +13,7 @@ from pnem.data.arrays import check_whole
 from pnem.devices import forked_rng
 from pnem.diagnostics.budget import Budget
 from pnem.diagnostics.checks import check_run
-from pnem.diagnostics.collapse import collapse
+from pnem.diagnostics.collapse import MINIMUM, collapse
 from pnem.diagnostics.diagnosis_result import Diagnosis
 from pnem.diagnostics.gaps import InferenceGap, inference_gap
 from pnem.diagnostics.reliability import Reliability, reliability
@@ -82,6 +82,8 @@ def diagnose(
     groups = None if batch.groups is None else batch.groups.to(run.device)
     model, strategy = run.model, run.strategy
     absent: dict[str, str] = {}
+    if len(x) == 1:
+        absent["standard_errors"] = "there is one image: give at least two, better a hundred"
     with forked_rng(run.device), _progress_bar(progress) as bar, warnings.catch_warnings():
         # What has not converged is in `InferenceGap.rising`.
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -104,7 +106,12 @@ def diagnose(
             some = dataset.limited(min(LOOKED_AT, course.elbo.shape[1]))
             findings += collapse(run, some, split=split, batch_size=batch_size, seed=seed)
         except DataError as error:
-            absent["collapse"] = str(error)
+            afforded = course.elbo.shape[1]
+            absent["collapse"] = (
+                f"the budget allowed {afforded} images, but it needs {MINIMUM}: raise the budget"
+                if afforded < MINIMUM <= len(dataset)
+                else str(error)
+            )
         gap = None
         try:
             gaps = [

@@ -32,6 +32,13 @@ TERMS = {
     "divergence": "KL(q(θ) ‖ p(θ))",
     "assignment_divergence": "KL(q(z) ‖ p(z | x, θ))",
 }
+# What `absent` says there is none of, where its name is no word.
+ABSENT = {
+    "k_hat": "k̂",
+    "gradient_snr": "signal-to-noise ratio of gradients",
+    "elbo_spread": "spread of the ELBO over restarts",
+    "pairwise_ari": "ARI between restarts",
+}
 # Of the ELBO: a term that is smaller is rounding, and not shown.
 NEGLIGIBLE = 1e-7
 COURSE = {"confidence": "mean of max γ", "components_used": "components used", "ami": "AMI", "ari": "ARI"}
@@ -112,14 +119,14 @@ class Diagnosis:
         images = self.images
         yield self._course()
         if self.gap is not None:
-            yield _table(f"what inference loses, {images['gap']:,} images", "nats per image", self.gap.rows())
+            yield _table(f"what inference loses, {_images(images['gap'])}", "nats per image", self.gap.rows())
         if rows := self.reliability.rows():
-            yield _table(f"whether it can be relied on, {images['reliability']:,} images", "", rows)
+            yield _table(f"whether it can be relied on, {_images(images['reliability'])}", "", rows)
         yield Text("findings" if self.findings else "no findings", "bold")
         for finding in self.findings:
             yield Text.assemble("• ", (finding.name, "bold"), f": {finding.seen}; {finding.advice}")
         for why in dict.fromkeys(self.absent.values()):
-            names = [name.replace("_", " ") for name, reason in self.absent.items() if reason == why]
+            names = [ABSENT.get(name, name.replace("_", " ")) for name, reason in self.absent.items() if reason == why]
             yield Text(f"no {' and '.join(names)}: {why}", "dim")
 
     def __repr__(self) -> str:
@@ -133,7 +140,7 @@ class Diagnosis:
         course = self.trace.table()
         known = course.dropna(subset=["reconstruction"])
         iterations = list(dict.fromkeys([known.index[0], known.index[-1]]))
-        table = Table(title=f"{self.name}, means over {self.images['trace']:,} {self.split} images")
+        table = Table(title=f"{self.name}, means over {_images(self.images['trace'], self.split)}")
         for column in ("nats per image", *(f"iteration {iteration}" for iteration in iterations)):
             table.add_column(column, justify="left" if column == "nats per image" else "right")
         largest = known["elbo"].abs().max()
@@ -141,10 +148,16 @@ class Diagnosis:
         for name, title in (terms | {"elbo": self.trace.title}).items():
             table.add_row(Text(title), *(f"{known.loc[iteration, name]:.2f}" for iteration in iterations))
         table.add_section()
+        # One component has all of γ.
+        divided = self.posterior.gamma.shape[-2] > 1
         for name, title in COURSE.items():
-            if name in known and known[name].notna().any():
+            if divided and name in known and known[name].notna().any():
                 table.add_row(title, *(f"{known.loc[iteration, name]:.3f}" for iteration in iterations))
         return table
+
+
+def _images(count: int, split: str = "") -> str:
+    return f"{count:,} {split}{' ' if split else ''}image{'' if count == 1 else 's'}"
 
 
 def _table(title: str, heading: str, rows: list[tuple[str, str, str]]) -> Table:
