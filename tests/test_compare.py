@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import time
@@ -394,3 +395,19 @@ def test_the_figure_draws_what_was_measured(mixed, flat, tmp_path):
     only = plots.comparison(compare({"a": flat, "b": flat}, splits(), measures="grouping", limit=4))
     assert [axes.get_xlabel() for axes in only.axes] == ["AMI and ARI", "inference\n[ms per image]"]
     only.savefig(tmp_path / "only.png")
+
+
+def test_labels_of_the_figure_stay_apart_beside_long_names(mixed):
+    _, result = mixed
+    names = ["a variational autoencoder", "iterative inference, K = 3", "gradient EM, a point estimate of θ"]
+    renamed = dataclasses.replace(
+        result,
+        table=result.table.set_axis(names),
+        scores=dict(zip(names, result.scores.values(), strict=True)),
+        differences=result.differences.replace(dict(zip(result.table.index, names, strict=True))),
+    )
+    for axes in plots.comparison(renamed).axes:
+        low, high = axes.get_xlim()
+        shown = [tick.label1 for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+        boxes = [label.get_window_extent() for label in shown]
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))

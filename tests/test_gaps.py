@@ -361,5 +361,6 @@ def test_bars_are_as_long_as_the_gaps():
     assert legend == ["approximation gap", "amortisation gap", "optimisation gap"]
     assert len(bars({"GradientEM": delta}).axes) == 1
     assert not bars({"GradientEM": delta}).legends
+    assert [label.get_text() for label in bars(vae).axes[0].get_yticklabels()] == [""]
     with pytest.raises(DataError, match="empty mapping"):
         bars({})

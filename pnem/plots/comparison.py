@@ -1,5 +1,6 @@
 """Runs side by side: log p(x) and what the ELBO loses of it, paired differences, grouping and cost."""
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from pnem.diagnostics.comparison_result import mean_over_images
 from pnem.plots.palette import component_colours
-from pnem.plots.style import FAINT, INK, STYLE, NotebookFigure
+from pnem.plots.style import FAINT, INK, STYLE, NotebookFigure, wrapped
 
 if TYPE_CHECKING:
     from pnem.diagnostics import Comparison
@@ -27,6 +28,8 @@ PLUG_IN: Any = {"marker": "D", "mfc": "white"}
 GROUPING: Any = {"ami": {"marker": "s", "mfc": INK}, "ari": {"marker": "s", "mfc": "white"}}
 GAPS = dict(zip(("approximation_gap", "amortisation_gap"), component_colours(2), strict=True))
 WIDTH, ROW = 7.2, 0.26
+# Between tick labels, in pixels.
+GAP = 4
 
 
 class Panel(NamedTuple):
@@ -72,12 +75,26 @@ def comparison(result: "Comparison") -> Figure:
         axes.tick_params(axis="y", length=0)
         for row in range(len(names)):
             axes.axhline(row, color=FAINT, linewidth=0.3, zorder=0)
-    figure.axes[0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    figure.axes[0].set(yticks=range(len(names)), yticklabels=wrapped(names), ylim=(len(names) - 0.5, -0.5))
     if handles:
         figure.legend([*handles.values()], [*handles], loc="outside upper center", ncols=len(handles), handlelength=1.2)
     # Ticks are made when first drawn, with the settings of that moment: draw while those are STYLE's.
     figure.draw_without_rendering()
+    thinned = [_thinned(axes) for axes in figure.axes]
+    if any(thinned):
+        figure.draw_without_rendering()
     return figure
+
+
+def _thinned(axes: Axes) -> bool:
+    """Whether the tick labels of a narrow panel ran into one another, and every other tick was taken away."""
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    boxes = [tick.label1.get_window_extent() for tick in ticks]
+    if all(left.x1 + GAP < right.x0 for left, right in itertools.pairwise(boxes)):
+        return False
+    axes.set_xticks([tick.get_loc() for tick in ticks[::2]])
+    return True
 
 
 def _compared(result: "Comparison") -> str | None:

@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 
 from pnem.errors import DataError
 from pnem.plots.palette import component_colours
-from pnem.plots.style import FAINT, INK, STYLE, NotebookFigure
+from pnem.plots.style import FAINT, INK, STYLE, NotebookFigure, wrapped
 
 if TYPE_CHECKING:
     from pnem.diagnostics import InferenceGap
@@ -28,7 +28,7 @@ NO_BOUND = "optimality gap of a Delta  [nats per image]"
 
 
 @matplotlib.rc_context(STYLE)
-def inference_gap(gaps: "Mapping[str, InferenceGap]") -> Figure:
+def inference_gap(gaps: "InferenceGap | Mapping[str, InferenceGap]") -> Figure:
     """What each strategy loses: its gap to log p(x) and what it is made of, as bars with their standard errors.
 
     A bar is as long as the gap between the estimate of log p(x) and the ELBO; the upper error bar is that of the whole,
@@ -36,17 +36,18 @@ def inference_gap(gaps: "Mapping[str, InferenceGap]") -> Figure:
     how much log p(x, θ) rises to the maximum θ* next to θ says nothing of log p(x).
 
     Args:
-        gaps: a mapping from names to what `pnem.diagnostics.inference_gap` found.
+        gaps: what `pnem.diagnostics.inference_gap` found, or a mapping from names to that.
 
     Raises:
         DataError: an empty mapping.
     """
-    if not gaps:
+    by_name = gaps if isinstance(gaps, Mapping) else {"": gaps}
+    if not by_name:
         raise DataError("gaps is an empty mapping: give at least one to draw")
     panels = [
         (title, chosen)
         for title, is_bound in ((BOUND, True), (NO_BOUND, False))
-        if (chosen := {name: gap for name, gap in gaps.items() if gap.is_bound == is_bound})
+        if (chosen := {name: gap for name, gap in by_name.items() if gap.is_bound == is_bound})
     ]
     heights = [len(chosen) + 0.5 for _, chosen in panels]
     figure = NotebookFigure(figsize=(4.2, 0.45 + 0.5 * len(panels) + 0.3 * sum(heights)), layout="constrained")
@@ -56,7 +57,7 @@ def inference_gap(gaps: "Mapping[str, InferenceGap]") -> Figure:
         for row, gap in enumerate(chosen.values()):
             shown.update(_bar(axes, row, gap))
         axes.axvline(0, color=INK, linewidth=STYLE["axes.linewidth"])
-        axes.set(xlabel=title, yticks=range(len(chosen)), yticklabels=list(chosen), ylim=(len(chosen) - 0.45, -0.55))
+        axes.set(xlabel=title, yticks=range(len(chosen)), yticklabels=wrapped(chosen), ylim=(len(chosen) - 0.45, -0.55))
         axes.tick_params(axis="y", length=0)
         low, high = axes.get_xlim()
         # Room for the numbers.
@@ -94,7 +95,8 @@ def _bar(axes: Axes, row: int, gap: "InferenceGap") -> list[str]:
         _error(axes, row - 0.15, whole)
     assert whole is not None
     error = 0.0 if math.isnan(whole.standard_error) else whole.standard_error
-    label = f"{whole.mean:.2f}" + (f" ± {error:.2f}" if error else "")
+    digits = 3 if 0 < error < 0.01 else 2
+    label = f"{whole.mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
     axes.annotate(label, (end + error, row), (4, 0), textcoords="offset points", va="center", fontsize=7)
     return list(parts)
 

@@ -22,6 +22,8 @@ __all__ = ["calibration_ranks", "k_hat"]
 # What is beyond is drawn in the outermost bins.
 LOW, HIGH, WIDTH = -0.5, 2.0, 0.1
 GOOD = 0.7
+# Histograms over one another: of more nothing is seen through the others.
+MOST_FILLED = 2
 # Test quantities with a panel each; of more, those of the lowest p-values.
 MOST_PANELS = 12
 BARS, BAND = "#9DB8D2", "#E4E4E4"
@@ -65,7 +67,8 @@ def k_hat(reliabilities: "Reliability | Mapping[str, Reliability]") -> Figure:
         # NaN, where a weight was, is no better than the largest.
         inside = np.clip(np.nan_to_num(values, nan=np.inf), LOW + WIDTH / 2, HIGH - WIDTH / 2)
         share = np.histogram(inside, edges)[0] / len(values)
-        axes.stairs(share, edges, color=colour, fill=True, alpha=0.25, linewidth=0)
+        if len(by_name) <= MOST_FILLED:
+            axes.stairs(share, edges, color=colour, fill=True, alpha=0.25, linewidth=0)
         axes.stairs(share, edges, color=colour, linewidth=1.4)
         above = 1 - (values <= GOOD).mean()
         handles.append(Line2D([], [], color=colour, label=f"{name}{': ' if name else ''}{above:.0%} above {GOOD}"))

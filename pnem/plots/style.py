@@ -1,12 +1,14 @@
 """How every figure looks, whatever the user's settings, and how a notebook shows it."""
 
+import textwrap
+from collections.abc import Iterable
 from io import BytesIO
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
-__all__ = ["FAINT", "INK", "STYLE", "NotebookFigure"]
+__all__ = ["FAINT", "INK", "STYLE", "NotebookFigure", "wrapped"]
 
 INK, FAINT = "#333333", "#999999"
 
@@ -35,6 +37,15 @@ STYLE: Any = {
     **{f"{axis}tick.major.size": 2.5 for axis in "xy"},
     **{f"{axis}tick.major.width": 0.6 for axis in "xy"},
 }
+
+
+def wrapped(names: Iterable[str]) -> list[str]:
+    """Names of rows in lines that leave room for what is drawn beside them.
+
+    >>> wrapped(["vae", "a normal with a full covariance"])
+    ['vae', 'a normal with a full\\ncovariance']
+    """
+    return ["\n".join(textwrap.wrap(name, 22)) for name in names]
 
 
 class NotebookFigure(Figure):
