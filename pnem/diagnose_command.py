@@ -1,5 +1,6 @@
 """``pnem diagnose``: is a run's inference any good, what is it losing, and what goes wrong."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +41,7 @@ def diagnose(
     for path in (figures, json_file):
         if path is not None:
             check_new(path)
+    start = time.perf_counter()
     found = diagnosis_of(
         load(run, device=device),
         data,
@@ -50,7 +52,9 @@ def diagnose(
         seed=seed,
         progress=True,
     )
-    Console().print(found)
+    console = Console()
+    console.print(found)
+    console.print(f"took {time.perf_counter() - start:.0f} s of {budget:.0f} s", highlight=False)
     if json_file is not None:
         write_atomically(json_file, found.to_json().encode())
     if figures is not None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import CLASSICAL, MODELS, PROPER, STRATEGIES, factors, images, items, pair
 from fitting import SETTINGS, SHAPE, arrays, splits
-from test_elbo_terms import quietly
+from test_conformance_terms import quietly
 
 import pnem
 from pnem.diagnostics import inference_data as adapter

@@ -3,6 +3,7 @@
 import functools
 import math
 import warnings
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -364,3 +365,25 @@ def test_bars_are_as_long_as_the_gaps():
     assert [label.get_text() for label in bars(vae).axes[0].get_yticklabels()] == [""]
     with pytest.raises(DataError, match="empty mapping"):
         bars({})
+
+
+def test_findings_are_gaps_that_are_certainly_large():
+    gap = InferenceGap(
+        elbo=torch.tensor([-10.0, -12.0, -11.0]),
+        best=torch.tensor([-7.0, -9.1, -7.9]),
+        log_marginal=torch.tensor([-6.9, -9.0, -7.8]),
+        amortisation_error=torch.zeros(3),
+        approximation_error=torch.zeros(3),
+        total_error=torch.zeros(3),
+        rising=torch.zeros(3, dtype=torch.bool),
+        amortised=True,
+        refined=True,
+        estimator="a bound",
+    )
+    (found,) = gap.findings
+    assert (found.name, found.value) == ("large amortisation gap", pytest.approx(3.0))
+    assert "3.00 ± 0.06 nats per image" in found.seen
+    assert replace(gap, elbo=torch.tensor([-7.0, -9.1, -30.0])).findings == []
+    assert [found.name for found in replace(gap, log_marginal=gap.best + 2).findings][1:] == ["large approximation gap"]
+    # A Delta has no gap to log p(x).
+    assert replace(gap, log_marginal=None).findings == []

@@ -8,7 +8,8 @@ from pnem.diagnostics.comparison_result import Comparison
 from pnem.diagnostics.diagnosis import diagnose
 from pnem.diagnostics.diagnosis_result import Diagnosis
 from pnem.diagnostics.findings import Finding
-from pnem.diagnostics.gaps import InferenceGap, inference_gap
+from pnem.diagnostics.gap_result import InferenceGap
+from pnem.diagnostics.gaps import inference_gap
 from pnem.diagnostics.gradients import gradient_signal_to_noise
 from pnem.diagnostics.psis import psis_k_hat
 from pnem.diagnostics.reliability import Reliability, reliability

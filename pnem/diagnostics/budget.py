@@ -36,6 +36,11 @@ class Budget:
         self.seconds = seconds
         self._start = time.monotonic()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all of the time is spent."""
+        return self.seconds is not None and time.monotonic() > self._start + self.seconds
+
     def pieces(self, count: int, size: int, *, until: float = 1.0) -> Iterator[slice]:
         """Slices of `count` images: 10, then twice as many each time up to `size`, as long as they should end in time.
 

@@ -15,7 +15,8 @@ from pnem.diagnostics.budget import Budget
 from pnem.diagnostics.checks import check_run
 from pnem.diagnostics.collapse import MINIMUM, collapse
 from pnem.diagnostics.diagnosis_result import Diagnosis
-from pnem.diagnostics.gaps import InferenceGap, inference_gap
+from pnem.diagnostics.gap_result import InferenceGap
+from pnem.diagnostics.gaps import inference_gap
 from pnem.diagnostics.reliability import Reliability, reliability
 from pnem.diagnostics.tracing import Trace, trace
 from pnem.errors import DataError, StrategyError
@@ -121,16 +122,20 @@ def diagnose(
             gap = InferenceGap.concatenate(gaps)
         except StrategyError as error:
             absent["inference gap"] = str(error)
-        amortised = next(strategy.parameters(), None) is not None
-        simulations = SIMULATIONS if amortised else 0
+        once, why = None, ""
+        if isinstance(strategy, NUTS | PyroGuide):
+            why = "it takes tens of fits of all images: pnem.diagnostics has it as a function of its own"
+        elif time.is_over:
+            why = "the budget left no time for it: raise the budget"
+        else:
+            simulations = SIMULATIONS if next(strategy.parameters(), None) is not None else 0
+            once = reliability(model, strategy, x[:MINIBATCH], samples=0, restarts=0, simulations=simulations)
         parts = [
             reliability(model, strategy, x[piece], repetitions=0, simulations=0)
             for piece in pieces("reliability", AT_ONCE, 1.0)
         ]
-        # Where every unroll fits all images anew, tens of them take hours.
-        if not isinstance(strategy, NUTS | PyroGuide):
-            parts.append(reliability(model, strategy, x[:MINIBATCH], samples=0, restarts=0, simulations=simulations))
-        reliable = Reliability.concatenate(parts)
+        reliable = Reliability.concatenate(parts if once is None else [*parts, once])
+        absent |= reliable.absent | (dict.fromkeys(("gradient_snr", "calibration"), why) if why else {})
         posterior = strategy.infer(x[:SHOWN], keep_trace=False)
     return Diagnosis(
         name=type(strategy).__name__ if run.directory is None else run.directory.name,
@@ -138,8 +143,8 @@ def diagnose(
         trace=course,
         gap=gap,
         reliability=reliable,
-        findings=[*findings, *reliable.findings],
-        absent=absent | reliable.absent,
+        findings=[*findings, *([] if gap is None else gap.findings), *reliable.findings],
+        absent=absent,
         image_shape=run.settings.image_shape,
         x=x[:SHOWN],
         posterior=posterior,

@@ -11,7 +11,7 @@ from rich.text import Text
 from torch import Tensor
 
 from pnem.diagnostics.findings import Finding
-from pnem.diagnostics.gaps import InferenceGap
+from pnem.diagnostics.gap_result import InferenceGap
 from pnem.diagnostics.reliability import Reliability
 from pnem.diagnostics.tracing import Trace
 from pnem.inference import Posterior

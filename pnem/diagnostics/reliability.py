@@ -245,7 +245,8 @@ def _restarts(strategy: Strategy, x: Tensor, restarts: int, first: Posterior | N
     try:
         strategy.check_infer(restarts, strategy.iterations, None)
     except StrategyError as error:
-        return {}, dict.fromkeys(("elbo_spread", "pairwise_ari"), f"there is one start only: {error}")
+        why = f"there is one start only: {str(error).partition(':')[0]}"
+        return {}, dict.fromkeys(("elbo_spread", "pairwise_ari"), why)
     elbo, ari, _ = restart_spread(strategy, x, restarts, posterior=first)
     absent = {} if ari is not None else {"pairwise_ari": "the model has one component, to which all pixels belong"}
     return {"elbo_spread": elbo, "pairwise_ari": ari}, absent
