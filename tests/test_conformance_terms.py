@@ -227,3 +227,15 @@ def test_a_posterior_of_several_batches_has_the_terms_of_each(strategy_name):
     joined = Terms.concatenate(parts)
     error = joined.monte_carlo_error.hypot(whole.monte_carlo_error)
     assert bool(((whole.elbo - joined.elbo).abs() <= 4.5 * error + 1e-9).all())
+
+
+@pytest.mark.usefixtures("float64")
+def test_images_that_share_mixing_weights_are_inferred_together():
+    model = CLASSICAL["diagonal"]()
+    x = items("diagonal", B=3)
+    strategy = ClassicalEM(model)
+    torch.manual_seed(0)
+    found = quietly(elbo_terms, model, strategy, x, batch_size=1)
+    torch.manual_seed(0)
+    posterior = quietly(strategy.infer, x)
+    torch.testing.assert_close(found.reconstruction[0], posterior.log_evidence, rtol=1e-9, atol=0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pnem.diagnostics.checks import check_pair, check_posterior
-from pnem.inference import Posterior, State, Strategy
+from pnem.inference import ClassicalEM, Posterior, State, Strategy
 from pnem.inference.checks import require_images
 from pnem.inference.distributions import Concatenated
 from pnem.inference.estimates import check_counts
@@ -19,7 +19,7 @@ from pnem.inference.posterior import extended
 from pnem.inference.proposals import MomentMatched
 from pnem.models import SpatialMixture
 
-__all__ = ["Terms", "elbo_terms", "state_at", "state_of", "terms_at"]
+__all__ = ["Terms", "elbo_terms", "images_at_once", "state_at", "state_of", "terms_at"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,12 @@ class Terms:
         return pd.DataFrame(columns, index=pd.RangeIndex(1, len(elbo) + 1, name="iteration"))
 
 
+def images_at_once(strategy: Strategy, x: Tensor, batch_size: int) -> int:
+    """How many of the images to infer at once: all that share what the strategy fits, else `batch_size`."""
+    together = strategy.model.mixing_kind == "per_image" or isinstance(strategy, ClassicalEM)
+    return max(1, len(x)) if together else batch_size
+
+
 def terms_at(strategy: Strategy, state: State) -> Terms:
     """The terms of the ELBO at a state, (B,): from its θ, which is one draw from q(θ), and what it knows there.
 
@@ -182,7 +188,7 @@ def elbo_terms(
         strategy: a strategy of this model.
         x: the images (B, D, C).
         draws: of θ for each image and iteration, over which the terms are averaged where q(θ) is a distribution.
-        batch_size: images at once. Classical EM with mixing weights per image takes all of them at once.
+        batch_size: images at once. Classical EM, whose images may share π, takes all of them at once.
         posterior: what ``strategy.infer(x)`` gave before; inferred when None.
 
     Raises:
@@ -203,8 +209,7 @@ def elbo_terms(
     if posterior is not None:
         check_posterior(model, posterior, x)
         return _terms_of(strategy, posterior, x, draws)
-    together = model.mixing_kind == "per_image"
-    pieces = [x] if together else x.split(batch_size)
+    pieces = x.split(images_at_once(strategy, x, batch_size))
     return Terms.concatenate([_terms_of(strategy, strategy.infer(piece), piece, draws) for piece in pieces])
 
 

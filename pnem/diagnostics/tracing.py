@@ -11,7 +11,7 @@ from torch import Tensor
 from pnem.diagnostics.checks import check_posterior, check_strategy
 from pnem.diagnostics.findings import Finding
 from pnem.diagnostics.symptoms import foreground
-from pnem.diagnostics.terms import Terms, elbo_terms
+from pnem.diagnostics.terms import Terms, elbo_terms, images_at_once
 from pnem.errors import DataError, StrategyError
 from pnem.inference import Posterior, Strategy
 from pnem.inference.estimates import check_counts
@@ -155,7 +155,7 @@ def trace(
             AMI nor ARI.
         draws: of θ for each image and iteration, over which the ELBO is averaged where q(θ) is a distribution; at least
             two for `Trace.decreased`.
-        batch_size: images at once. Classical EM with mixing weights per image takes all of them at once.
+        batch_size: images at once. Classical EM, whose images may share π, takes all of them at once.
         restarts: R starts, of which the best is kept for each image, see `Strategy.infer`.
         posterior: what ``strategy.infer(x)`` gave before, with whatever options; inferred when None.
 
@@ -185,7 +185,7 @@ def trace(
             )
         check_posterior(model, posterior, x)
         return _trace_of(strategy, posterior, x, groups, draws)
-    size = max(1, len(x)) if model.mixing_kind == "per_image" else batch_size
+    size = images_at_once(strategy, x, batch_size)
     parts = []
     for i in range(0, max(1, len(x)), size):
         piece = x[i : i + size]
