@@ -48,7 +48,17 @@ def run(data):
 
 def test_version_and_help():
     assert call("--version").startswith("pnem 0")
-    for command in ([], ["data", "static-shapes"], ["data", "mnist"], ["train"], ["evaluate"], ["infer"], ["demo"]):
+    for command in (
+        [],
+        ["data", "static-shapes"],
+        ["data", "mnist"],
+        ["train"],
+        ["evaluate"],
+        ["infer"],
+        ["diagnose"],
+        ["compare"],
+        ["demo"],
+    ):
         assert "Example: pnem" in call(*command, "--help").replace("`", "")
 
 
