@@ -94,8 +94,8 @@ class InferenceGap:
         """
         found = []
         advice = {
-            self.second_title: 'SemiAmortised, which refines q for each image (run.using("semi-amortised")); in training '
-            "a larger encoder or refinement network, more epochs or more iterations",
+            self.second_title: 'SemiAmortised, which refines q for each image (run.using("semi-amortised")); in '
+            "training a larger encoder or refinement network, more epochs or more iterations",
             "approximation gap": 'a q(θ) with correlations, run.using("auto-multivariate-normal") say, or a decoder '
             "that leaves less of them; with several components part of it may be their order, up to log K! nats",
         }
