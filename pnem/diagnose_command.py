@@ -20,7 +20,7 @@ def diagnose(
     budget: Annotated[
         float, typer.Option(help="Seconds that it may take; the fewer, the fewer images the slow parts are of.")
     ] = 150.0,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Images at once.", min=1)] = 100,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images at once.", min=1)] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the initial γ and of draws from q(θ).", min=0, max=2**32 - 1)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     figures: Annotated[

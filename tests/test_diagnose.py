@@ -72,7 +72,7 @@ class TestBudget:
 
     def run(self, clock, budget, count, size, seconds_per_image, **options):
         done = 0
-        for piece in budget.pieces(count, size, **options):
+        for piece in budget.in_time(budget.pieces(count, size), **options):
             assert piece.start == done
             done = piece.stop
             clock.now += seconds_per_image * (piece.stop - piece.start)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pnem.errors import DataError
 
@@ -27,7 +27,8 @@ class Budget:
     Raises:
         DataError: the seconds are not positive and finite.
 
-    >>> list(Budget(60).pieces(65, 40))
+    >>> budget = Budget(60)
+    >>> list(budget.in_time(budget.pieces(65, 40)))
     [slice(0, 10, None), slice(10, 30, None), slice(30, 65, None)]
     """
 
@@ -41,24 +42,26 @@ class Budget:
         """Whether all of the time is spent."""
         return self.seconds is not None and time.monotonic() > self._start + self.seconds
 
-    def pieces(self, count: int, size: int, *, until: float = 1.0) -> Iterator[slice]:
-        """Slices of `count` images: 10, then twice as many each time up to `size`, as long as they should end in time.
+    def pieces(self, count: int, size: int) -> list[slice]:
+        """Slices of `count` images: 10, then twice as many each time up to `size`; all of `size` without a bound."""
+        found: list[slice] = []
+        first, length = 0, size if self.seconds is None else min(size, FEW)
+        while first < count:
+            found.append(slice(first, min(first + length, count)))
+            first, length = first + length, min(size, 2 * length)
+        return found
 
-        The first comes in any case. Without a bound all have `size`.
+    def in_time(self, pieces: Sequence[slice], *, until: float = 1.0) -> Iterator[slice]:
+        """The first of the pieces in any case, and then as many as should end in time.
 
         Args:
-            count: of images.
-            size: the most of a piece.
+            pieces: of the images.
             until: the share of the budget by whose end to stop; what earlier parts left unused is used.
         """
-        first, length = 0, size if self.seconds is None else min(size, FEW)
         per_image = 0.0
-        while first < count:
-            last, before = min(first + length, count), time.monotonic()
-            if first and self.seconds is not None:
-                left = self._start + until * self.seconds - before
-                if per_image * (last - first) > left:
-                    return
-            yield slice(first, last)
-            per_image = (time.monotonic() - before) / (last - first)
-            first, length = last, min(size, 2 * length)
+        for i, piece in enumerate(pieces):
+            images, before = piece.stop - piece.start, time.monotonic()
+            if i and self.seconds is not None and before + per_image * images > self._start + until * self.seconds:
+                return
+            yield piece
+            per_image = (time.monotonic() - before) / images

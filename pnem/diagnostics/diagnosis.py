@@ -1,26 +1,29 @@
 """All diagnostics of one run, in a given time."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 from pnem.data import ImageDataset
 from pnem.data.arrays import check_whole
 from pnem.devices import forked_rng
 from pnem.diagnostics.budget import Budget
 from pnem.diagnostics.checks import check_run
-from pnem.diagnostics.collapse import MINIMUM, collapse
+from pnem.diagnostics.collapse import MINIMUM, judge
 from pnem.diagnostics.diagnosis_result import Diagnosis
 from pnem.diagnostics.gap_result import InferenceGap
 from pnem.diagnostics.gaps import inference_gap
+from pnem.diagnostics.parting import parting
 from pnem.diagnostics.reliability import Reliability, reliability
+from pnem.diagnostics.symptoms import Symptoms, symptoms
 from pnem.diagnostics.tracing import Trace, trace
 from pnem.errors import DataError, StrategyError
-from pnem.inference import NUTS, ConvergenceWarning, PyroGuide
+from pnem.inference import NUTS, ConvergenceWarning, Posterior, PyroGuide, Strategy
 from pnem.loading import check_images, open_split
 
 if TYPE_CHECKING:
@@ -28,12 +31,12 @@ if TYPE_CHECKING:
 
 __all__ = ["diagnose"]
 
-# By when each part is to end, as a share of the budget; and the most images at once of those that take many draws.
-TRACE_UNTIL, GAP_UNTIL, AT_ONCE = 0.4, 0.7, 40
+# By when each part is to end, as a share of the budget.
+TRACE_UNTIL, GAP_UNTIL = 0.4, 0.7
 # Draws for the gap of an image, whose standard error is that over images.
 GAP_SAMPLES = 400
-# Images that `collapse` looks at, that gradients are of, and that a figure shows.
-LOOKED_AT, MINIBATCH, SHOWN = 500, 64, 4
+# Images that gradients are of.
+MINIBATCH = 64
 # Of calibration, where inference is one pass through a network.
 SIMULATIONS = 200
 
@@ -45,16 +48,16 @@ def diagnose(
     split: str = "test",
     limit: int = 1000,
     budget: float | None = 150.0,
-    batch_size: int = 100,
+    batch_size: int = 50,
     seed: int = 0,
     progress: bool = False,
 ) -> Diagnosis:
     """All diagnostics of a run, within a budget of time.
 
-    `trace` comes first, on as many images as there is time for; then `collapse`, on up to 500 of these,
-    `inference_gap` and `reliability`. Each begins with ten images, which it gets in any case: for strategies that
-    fit each image by itself (guides, NUTS) these alone can take longer than the budget. Calibration and gradients
-    are left out for those; `pnem.diagnostics.reliability` has them.
+    `trace` comes first, on as many images as there is time for; then on these what `collapse` looks for, and
+    `inference_gap` and `reliability` of what was inferred. Each begins with ten images, which it gets in any case:
+    for strategies that fit each image by itself (guides, NUTS) these alone can take longer than the budget.
+    Calibration and gradients are left out for those; `pnem.diagnostics.reliability` has them.
 
     Args:
         run: the fitted run.
@@ -90,65 +93,79 @@ def diagnose(
         warnings.simplefilter("ignore", ConvergenceWarning)
         torch.manual_seed(seed)
 
-        def pieces(name: str, size: int, until: float) -> Iterator[slice]:
+        def in_time(name: str, pieces: Sequence[slice], until: float) -> Iterator[slice]:
             task = bar.add_task(name, total=len(x))
-            for piece in time.pieces(len(x), size, until=until):
+            for piece in time.in_time(pieces, until=until):
                 yield piece
                 bar.update(task, completed=piece.stop)
             bar.remove_task(task)
 
-        courses = [
-            trace(strategy, x[piece], None if groups is None else groups[piece])
-            for piece in pieces("trace", batch_size, TRACE_UNTIL)
-        ]
+        pieces = time.pieces(len(x), batch_size)
+        courses: list[Trace] = []
+        posteriors: dict[int, Posterior] = {}
+        for piece in in_time("trace", pieces, TRACE_UNTIL):
+            posterior = strategy.infer(x[piece])
+            its_groups = None if groups is None else groups[piece]
+            courses.append(trace(strategy, x[piece], its_groups, posterior=posterior))
+            posteriors[piece.start] = posterior._replace(trace=None)
+        pieces = pieces[: len(courses)]
         course = Trace.concatenate(courses)
-        findings = course.findings
-        try:
-            some = dataset.limited(min(LOOKED_AT, course.elbo.shape[1]))
-            findings += collapse(run, some, split=split, batch_size=batch_size, seed=seed)
-        except DataError as error:
-            afforded = course.elbo.shape[1]
-            absent["collapse"] = (
-                f"the budget allowed {afforded} images, but it needs {MINIMUM}: raise the budget"
-                if afforded < MINIMUM <= len(dataset)
-                else str(error)
-            )
+        findings, why = course.findings, _too_few(pieces[-1].stop, len(x))
+        if why is None:
+            seen = [symptoms(model, posteriors[piece.start], x[piece]) for piece in pieces]
+            findings += judge(Symptoms.concatenate(seen), strategy) + parting(run.history, strategy)
+        else:
+            absent["collapse"] = why
         gap = None
         try:
             gaps = [
-                inference_gap(model, strategy, x[piece], samples=GAP_SAMPLES)
-                for piece in pieces("inference gap", AT_ONCE, GAP_UNTIL)
+                inference_gap(model, strategy, x[piece], samples=GAP_SAMPLES, posterior=posteriors[piece.start])
+                for piece in in_time("inference gap", pieces, GAP_UNTIL)
             ]
             gap = InferenceGap.concatenate(gaps)
+            findings += gap.findings
         except StrategyError as error:
             absent["inference gap"] = str(error)
-        once, why = None, ""
-        if isinstance(strategy, NUTS | PyroGuide):
-            why = "it takes tens of fits of all images: pnem.diagnostics has it as a function of its own"
-        elif time.is_over:
-            why = "the budget left no time for it: raise the budget"
-        else:
-            simulations = SIMULATIONS if next(strategy.parameters(), None) is not None else 0
-            once = reliability(model, strategy, x[:MINIBATCH], samples=0, restarts=0, simulations=simulations)
+        once = _once(strategy, x[:MINIBATCH], time, absent)
         parts = [
-            reliability(model, strategy, x[piece], repetitions=0, simulations=0)
-            for piece in pieces("reliability", AT_ONCE, 1.0)
+            reliability(model, strategy, x[piece], repetitions=0, simulations=0, posterior=posteriors[piece.start])
+            for piece in in_time("reliability", pieces, 1.0)
         ]
         reliable = Reliability.concatenate(parts if once is None else [*parts, once])
-        absent |= reliable.absent | (dict.fromkeys(("gradient_snr", "calibration"), why) if why else {})
-        posterior = strategy.infer(x[:SHOWN], keep_trace=False)
     return Diagnosis(
         name=type(strategy).__name__ if run.directory is None else run.directory.name,
         split=split,
         trace=course,
         gap=gap,
         reliability=reliable,
-        findings=[*findings, *([] if gap is None else gap.findings), *reliable.findings],
-        absent=absent,
+        findings=[*findings, *reliable.findings],
+        absent=reliable.absent | absent,
         image_shape=run.settings.image_shape,
-        x=x[:SHOWN],
-        posterior=posterior,
+        x=x[pieces[0]],
+        posterior=posteriors[0],
     )
+
+
+def _too_few(images: int, available: int) -> str | None:
+    """Why so many images are too few for findings of collapse, if they are."""
+    if images >= MINIMUM:
+        return None
+    if available >= MINIMUM:
+        return f"the budget allowed {images} images, but it needs {MINIMUM}: raise the budget"
+    return f"it needs at least {MINIMUM} images, but there are {images}: raise limit, or give a larger split"
+
+
+def _once(strategy: Strategy, x: Tensor, time: Budget, absent: dict[str, str]) -> Reliability | None:
+    """Gradients and calibration, which are not by image; None where `absent` says why."""
+    if isinstance(strategy, NUTS | PyroGuide):
+        why = "it takes tens of fits of all images: pnem.diagnostics has it as a function of its own"
+    elif time.is_over:
+        why = "the budget left no time for it: raise the budget"
+    else:
+        simulations = SIMULATIONS if next(strategy.parameters(), None) is not None else 0
+        return reliability(strategy.model, strategy, x, samples=0, restarts=0, simulations=simulations)
+    absent |= dict.fromkeys(("gradient_snr", "calibration"), why)
+    return None
 
 
 def _progress_bar(wanted: bool) -> Progress:

@@ -39,6 +39,8 @@ ABSENT = {
     "elbo_spread": "spread of the ELBO over restarts",
     "pairwise_ari": "ARI between restarts",
 }
+# Images of which γ is shown.
+SHOWN = 4
 # Of the ELBO: a term that is smaller is rounding, and not shown.
 NEGLIGIBLE = 1e-7
 COURSE = {"confidence": "mean of max γ", "components_used": "components used", "ami": "AMI", "ari": "ARI"}
@@ -90,7 +92,9 @@ class Diagnosis:
             "trace": plots.trace(self.trace),
         }
         if self.posterior.gamma.shape[-2] > 1:
-            found["entropy-maps"] = plots.entropy_maps(self.x, self.posterior, self.image_shape)
+            found["entropy-maps"] = plots.entropy_maps(
+                self.x, self.posterior, self.image_shape, images=range(min(SHOWN, len(self.x)))
+            )
         if self.gap is not None:
             found["inference-gap"] = plots.inference_gap({self.name: self.gap})
         if self.reliability.k_hat is not None:
