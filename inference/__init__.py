@@ -7,6 +7,7 @@ from pnem.inference.classical_em import ClassicalEM
 from pnem.inference.convergence import ConvergenceWarning, Fit
 from pnem.inference.estimates import Estimate
 from pnem.inference.factor_analysis import FactorAnalysis
+from pnem.inference.filtering import FilteringStrategy
 from pnem.inference.gradient_em import GradientEM
 from pnem.inference.iterative_vi import IterativeVI
 from pnem.inference.m_steps import MStep, Parameters, register_m_step
@@ -44,6 +45,7 @@ __all__ = [
     "ConvergenceWarning",
     "Estimate",
     "FactorAnalysis",
+    "FilteringStrategy",
     "Fit",
     "GradientEM",
     "IterativeVI",

@@ -25,7 +25,12 @@ def require_pixels(model: SpatialMixture, name: str) -> None:
 
 
 def require_images(model: SpatialMixture, x: Tensor) -> None:
-    """Raises `StrategyError` where there is no image, or they are not in the precision of the model's networks."""
+    """Raises `StrategyError` unless `x` holds images (B, D, C), and in the precision of the model's networks."""
+    if x.dim() != 3:
+        raise StrategyError(
+            f"x has shape {tuple(x.shape)}, but images are (B, D, C): give those, or for sequences (T, B, D, C) a "
+            'strategy that filters, such as RNNEM(model, task="prediction")'
+        )
     if not len(x):
         raise StrategyError(f"x has shape {tuple(x.shape)}: give at least one image")
     dtype = model.mixing_logits.dtype

@@ -42,11 +42,11 @@ class IterativeVI(RecurrentStrategy):
         encoder: the network between the error and the cell; None for the pixels themselves.
         recurrence: ``"sigmoid"`` or ``"gated"``.
         layer_norm: whether the cell is layer-normalised.
-        iterations, noise, e_step, gamma_gradient: see `Strategy`.
+        iterations, noise, e_step, gamma_gradient, task: see `FilteringStrategy`.
 
     Raises:
         StrategyError: an unknown posterior or recurrence, a flat prior with a normal posterior, `hidden` below 1 or
-            with a Delta, an encoder for other images, or as `Strategy`.
+            with a Delta, an encoder for other images, or as `FilteringStrategy`.
 
     >>> from pnem.models import Bernoulli, SpatialMixture, decoders
     >>> model = SpatialMixture(decoders.MLP(8, (6, 6, 1)), Bernoulli(), 3, prior="standard_normal", pixel_prior=0.0)
@@ -69,6 +69,7 @@ class IterativeVI(RecurrentStrategy):
         noise: Noise | None = None,
         e_step: str = "consistent",
         gamma_gradient: bool = True,
+        task: str = "static",
     ):
         if posterior not in ("normal", "delta"):
             raise StrategyError(f'posterior must be "normal" or "delta", but is {posterior!r}')
@@ -92,6 +93,7 @@ class IterativeVI(RecurrentStrategy):
             noise=noise,
             e_step=e_step,
             gamma_gradient=gamma_gradient,
+            task=task,
         )
         self.gradients = gradients
         self.features = features

@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from pnem.inference.checks import require_pixels
 from pnem.inference.errors import StrategyError
+from pnem.inference.filtering import FilteringStrategy
 from pnem.inference.noise import Noise
 from pnem.inference.posterior import State
-from pnem.inference.strategy import Strategy
 from pnem.models import SpatialMixture
 
 __all__ = ["NEM"]
 
 
-class NEM(Strategy):
+class NEM(FilteringStrategy):
     r"""Generalised EM whose M-step is one gradient step on Q, unrolled and trained end to end.
 
         θ_k ← θ_k + η ∂Q/∂θ_k,      Q = Σ_i Σ_k γ_{k,i} log p(x_i, z_i = k | ψ_{k,i}) + log p(θ),      γ held fixed
@@ -28,10 +28,10 @@ class NEM(Strategy):
     Args:
         model: the generative model.
         step_size: the initial η.
-        iterations, noise, e_step, gamma_gradient: see `Strategy`.
+        iterations, noise, e_step, gamma_gradient, task: see `FilteringStrategy`.
 
     Raises:
-        StrategyError: the step size is not positive and finite, or as `Strategy`.
+        StrategyError: the step size is not positive and finite, or as `FilteringStrategy`.
     """
 
     def __init__(
@@ -43,8 +43,16 @@ class NEM(Strategy):
         noise: Noise | None = None,
         e_step: str = "consistent",
         gamma_gradient: bool = True,
+        task: str = "static",
     ):
-        super().__init__(model, iterations=iterations, noise=noise, e_step=e_step, gamma_gradient=gamma_gradient)
+        super().__init__(
+            model,
+            iterations=iterations,
+            noise=noise,
+            e_step=e_step,
+            gamma_gradient=gamma_gradient,
+            task=task,
+        )
         require_pixels(model, "NEM")
         if not 0 < step_size < math.inf:
             raise StrategyError(f"step_size must be positive and finite, but is {step_size}")

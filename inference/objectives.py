@@ -16,7 +16,10 @@ __all__ = ["ELBO", "Losses", "NEMLoss", "Objective"]
 
 
 class Losses(NamedTuple):
-    """What an objective returns: the scalar to minimise, and the ELBO after the last iteration (B,), both in nats."""
+    """What an objective returns: the scalar to minimise, and the ELBO after the last iteration (B,), both in nats.
+
+    Of sequences the ELBO is the mean over frames.
+    """
 
     loss: Tensor
     elbo: Tensor
@@ -24,6 +27,8 @@ class Losses(NamedTuple):
 
 class Objective(Configured, ABC):
     """A loss in nats per image: a weighted mean over iterations of a term that each iteration contributes.
+
+    Of sequences, whose iterations are frames, in nats per frame.
 
     Args:
         weights: ``"last"``; ``"all"`` (equal); ``"ramp"`` (t/T); or one non-negative number per iteration. They are
@@ -46,17 +51,22 @@ class Objective(Configured, ABC):
         """The loss of one iteration, in nats per image: (B,)."""
 
     def __call__(self, strategy: Strategy, states: Sequence[State], x: Tensor) -> Losses:
-        """The losses of an unroll on images `x` (B, D, C).
+        """The losses of an unroll on images `x` (B, D, C), or on sequences (T, B, D, C).
 
         Raises:
             StrategyError: as many weights as iterations were expected, but others were given.
         """
+        weights, targets = self.step_weights(len(states)), strategy.targets(x, len(states))
         terms = [
-            weight * self.loss_at(strategy, state, x).mean()
-            for weight, state in zip(self.step_weights(len(states)), states, strict=True)
+            weight * self.loss_at(strategy, state, target).mean()
+            for weight, state, target in zip(weights, states, targets, strict=True)
             if weight > 0
         ]
-        return Losses(torch.stack(terms).sum(), strategy.elbo(states[-1]))
+        if strategy.is_sequential:
+            elbo = torch.stack([strategy.elbo(state) for state in states]).mean(0)
+        else:
+            elbo = strategy.elbo(states[-1])
+        return Losses(torch.stack(terms).sum(), elbo)
 
     def step_weights(self, iterations: int) -> list[float]:
         """The weight of each of T iterations; they sum to one."""

@@ -66,7 +66,7 @@ class State(NamedTuple):
 
 
 class Posterior(NamedTuple):
-    """The result of inference on B images.
+    """The result of inference on B images; on B sequences all that is (B, ...) has a leading axis of S steps.
 
     Attributes:
         theta: (B, K, M), the mean of q(θ); psi, mean, gamma and log_evidence are at this θ.
@@ -80,6 +80,7 @@ class Posterior(NamedTuple):
             unbiased estimate from one draw of θ.
         trace: the states after each iteration, every field with a leading axis T; None if it was not kept.
         q: q(θ), a distribution with batch shape (B,) and event shape (K, M).
+        state: of sequences, the last state, from which to go on: all of it (B, ...).
     """
 
     theta: Tensor
@@ -91,6 +92,7 @@ class Posterior(NamedTuple):
     elbo_trace: Tensor
     trace: State | None
     q: dist.TorchDistribution
+    state: State | None = None
 
     @property
     def labels(self) -> Tensor:

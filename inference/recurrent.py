@@ -6,16 +6,16 @@ from torch import Tensor
 from pnem.inference.checks import require_pixels
 from pnem.inference.encoders import Encoder, Identity, check_encoder
 from pnem.inference.errors import StrategyError
+from pnem.inference.filtering import FilteringStrategy
 from pnem.inference.noise import Noise
 from pnem.inference.posterior import State
 from pnem.inference.recurrences import CELLS
-from pnem.inference.strategy import Strategy
 from pnem.models import SpatialMixture
 
 __all__ = ["RecurrentStrategy"]
 
 
-class RecurrentStrategy(Strategy):
+class RecurrentStrategy(FilteringStrategy):
     """Base of strategies whose M-step is a recurrent cell, the same for all components:
 
         memory_k ← cell([encoder(γ_k (x − E[x | ψ_k])), v_k], memory_k)
@@ -30,10 +30,11 @@ class RecurrentStrategy(Strategy):
         encoder: the network between the error and the cell; None for the pixels themselves.
         recurrence: ``"sigmoid"`` or ``"gated"``.
         layer_norm: whether the cell is layer-normalised.
-        iterations, noise, e_step, gamma_gradient: see `Strategy`.
+        iterations, noise, e_step, gamma_gradient, task: see `FilteringStrategy`.
 
     Raises:
-        StrategyError: an unknown recurrence, an encoder for other images, a constant decoder, or as `Strategy`.
+        StrategyError: an unknown recurrence, an encoder for other images, a constant decoder, or as
+            `FilteringStrategy`.
     """
 
     def __init__(
@@ -49,8 +50,16 @@ class RecurrentStrategy(Strategy):
         noise: Noise | None,
         e_step: str,
         gamma_gradient: bool,
+        task: str,
     ):
-        super().__init__(model, iterations=iterations, noise=noise, e_step=e_step, gamma_gradient=gamma_gradient)
+        super().__init__(
+            model,
+            iterations=iterations,
+            noise=noise,
+            e_step=e_step,
+            gamma_gradient=gamma_gradient,
+            task=task,
+        )
         require_pixels(model, type(self).__name__)
         if recurrence not in CELLS:
             raise StrategyError(f"unknown recurrence {recurrence!r}: choose one of {', '.join(CELLS)}")

@@ -24,10 +24,10 @@ class RNNEM(RecurrentStrategy):
         encoder: the network between the error and the cell; None for the pixels themselves.
         recurrence: ``"sigmoid"``, as in the original, or ``"gated"``.
         layer_norm: whether the cell is layer-normalised.
-        iterations, noise, e_step, gamma_gradient: see `Strategy`.
+        iterations, noise, e_step, gamma_gradient, task: see `FilteringStrategy`.
 
     Raises:
-        StrategyError: an unknown recurrence, an encoder for other images, or as `Strategy`.
+        StrategyError: an unknown recurrence, an encoder for other images, or as `FilteringStrategy`.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class RNNEM(RecurrentStrategy):
         noise: Noise | None = None,
         e_step: str = "consistent",
         gamma_gradient: bool = True,
+        task: str = "static",
     ):
         super().__init__(
             model,
@@ -52,6 +53,7 @@ class RNNEM(RecurrentStrategy):
             noise=noise,
             e_step=e_step,
             gamma_gradient=gamma_gradient,
+            task=task,
         )
 
     def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102

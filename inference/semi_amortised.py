@@ -76,6 +76,11 @@ class SemiAmortised(Strategy):
             raise StrategyError(
                 f"SemiAmortised has nothing to refine: {type(strategy).__name__} treats every image by itself"
             )
+        if strategy.is_sequential:
+            raise StrategyError(
+                f"SemiAmortised refines q(θ) of images, but this {type(strategy).__name__} takes sequences "
+                f'(task={strategy.task!r}): build it with task="static"'
+            )
         for name, value, least in (("steps", steps, 1), ("draws", draws, 2)):
             if not isinstance(value, int) or value < least:
                 raise StrategyError(f"{name} must be at least {least}, and whole, but is {value}")

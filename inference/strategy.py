@@ -1,7 +1,8 @@
 """The one abstraction: a strategy is a Pyro guide that unrolls."""
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pyro
 import pyro.distributions as dist
@@ -46,6 +47,8 @@ class Strategy(Configured, nn.Module, ABC):
     merit_draws = 10
     # Whether no iteration lowers the ELBO, where q(θ) is a Delta.
     monotone = False
+    # What its iterations are of: see `FilteringStrategy`.
+    task = "static"
 
     def __init__(
         self,
@@ -104,10 +107,15 @@ class Strategy(Configured, nn.Module, ABC):
         state = self.improve(state, x_in)
         return self.evaluate(state, state.theta, x)
 
-    def evaluate(self, state: State, theta: Tensor, x: Tensor) -> State:
-        """The state at another θ (B, K, M), after the E-step on `x`; its q(θ) stays."""
+    def evaluate(self, state: State, theta: Tensor, x: Tensor | None) -> State:
+        """The state at another θ (B, K, M), after the E-step on `x`; its q(θ) stays.
+
+        On what is predicted there, where `x` is None.
+        """
         theta = theta.to(torch.promote_types(theta.dtype, torch.float32))
         psi = self.model.decode(theta)
+        if x is None:
+            x = self.model.prediction(psi, state.log_mixing)
         log_joint = self.model.log_joint_at(x, psi, state.log_mixing)
         gamma = self._responsibilities(log_joint, x, psi)
         mean = self.model.likelihood.mean(psi)
@@ -121,11 +129,29 @@ class Strategy(Configured, nn.Module, ABC):
             gamma = log_joint.softmax(-2)
         return gamma if self.gamma_gradient else gamma.detach()
 
-    def rollout(self, state: State, x_in: Tensor, x: Tensor) -> list[State]:
+    @property
+    def is_sequential(self) -> bool:
+        """Whether it takes sequences (T, B, D, C) in place of images (B, D, C)."""
+        return self.task != "static"
+
+    @property
+    def steps_ahead(self) -> int:
+        """How many frames lie between what a step sees and what it is scored on."""
+        return int(self.task == "prediction")
+
+    def targets(self, x: Tensor, steps: int) -> Sequence[Tensor]:
+        """What so many iterations on `x` are scored on: the images (B, D, C) each time, or frames of sequences."""
+        return [x] * steps
+
+    def frames(self, x_in: Tensor, x: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """What each of the T iterations sees of `x_in`, and what of `x` it is scored on."""
+        return [(x_in, x)] * self.iterations
+
+    def iterate(self, state: State, x_in: Tensor, x: Tensor) -> list[State]:
         """The T states that follow `state`: a pure function of tensors."""
         states = []
-        for _ in range(self.iterations):
-            state = self.step(state, x_in, x)
+        for seen, target in self.frames(x_in, x):
+            state = self.step(state, seen, target)
             states.append(state)
         return states
 
@@ -136,18 +162,22 @@ class Strategy(Configured, nn.Module, ABC):
 
     def unroll(self, x: Tensor, gamma: Tensor | None = None) -> list[State]:
         """The states after each of the T iterations on images `x` (B, D, C), from given or random γ (B, K, D)."""
-        return self.rollout(*self.start(x, gamma), x)
+        return self.iterate(*self.start(x, gamma), x)
 
     def guide_at(self, state: State | Posterior) -> Callable[..., Tensor]:
         """The Pyro guide at a state or posterior: its q on ``"theta"``.
 
-        Where components depend on one another, ``"theta"`` follows from an auxiliary site of all of them.
+        Where components depend on one another, ``"theta"`` follows from an auxiliary site of all of them. Of states
+        with a leading axis S, the frames are a plate ``"time"``.
         """
         q = state.q
 
-        def guide(*_: object) -> Tensor:
+        def guide(*_: object, **__: object) -> Tensor:
             components = by_component(q)
-            with pyro.plate("images", q.batch_shape[0], dim=-2):
+            with contextlib.ExitStack() as plates:
+                if len(q.batch_shape) > 1:
+                    plates.enter_context(pyro.plate("time", q.batch_shape[0], dim=-3))
+                plates.enter_context(pyro.plate("images", q.batch_shape[-1], dim=-2))
                 if components is None:
                     theta = pyro.sample("theta_of_all", AsOneSite(q), infer={"is_auxiliary": True})
                     components = dist.Delta(theta.squeeze(-3), event_dim=1)

@@ -1,5 +1,6 @@
 """The spatial mixture: one generative model of images made of parts, declared in Pyro."""
 
+import contextlib
 import math
 
 import pyro
@@ -32,6 +33,8 @@ class SpatialMixture(Configured, nn.Module):
 
     It is an ordinary Pyro program: plates ``"images"`` (dim -2), ``"components"`` and ``"pixels"`` (dim -1); sites
     ``"theta"`` (event dim 1), ``"z"`` (enumerated in parallel), ``"x"`` (event dim 1); ``max_plate_nesting`` is 2.
+    Sequences (T, B, D, C) add a plate ``"time"`` (dim -3), with θ and z of their own in every frame; then it is 3. How
+    one frame's θ follows from another's is a matter of inference: of strategies that filter.
 
     Args:
         decoder: the network from θ to the pixels' parameters.
@@ -201,6 +204,20 @@ class SpatialMixture(Configured, nn.Module):
             raise ModelError("this mixture has no pixel prior: give SpatialMixture(..., pixel_prior=...)")
         return self.likelihood.log_prob(self.pixel_prior, psi)
 
+    def prediction(self, psi: Tensor, log_mixing: Tensor | None = None) -> Tensor:
+        """What the components predict together of an image that is not seen: (..., K, D, P) -> (..., D, C).
+
+        With a pixel prior, pixel by pixel the mean of the component that is furthest from the pixel prior's: the one
+        that claims the pixel. For Bernoulli pixels and a prior of 0 it is the largest mean, with which Greff et al.
+        (2017) bound the cost of the next frame. Without a pixel prior it is Σ_k π_k E[x | ψ_k].
+        """
+        mean = self.likelihood.mean(psi)
+        if self.pixel_prior is None:
+            log_mixing = self.log_mixing if log_mixing is None else log_mixing
+            return (log_mixing.exp()[..., None, None] * mean).sum(-3)
+        claim = (mean - self.pixel_prior).abs().sum(-1, keepdim=True)
+        return mean.take_along_dim(claim.argmax(-3, keepdim=True), -3).squeeze(-3)
+
     @property
     def has_proper_prior(self) -> bool:
         """Whether p(θ) is a density of θ that can be drawn from: not where it is flat, or on a likelihood's moments."""
@@ -269,10 +286,34 @@ class SpatialMixture(Configured, nn.Module):
             raise ModelError(f"x holds {int((~x.isfinite()).sum())} values that are NaN or infinite")
         self.likelihood.check(x)
 
-    def forward(self, x: Tensor | None = None, num_images: int = 1, num_pixels: int = 1) -> Tensor:
-        """The Pyro program: scores the images `x` (B, D, C), or generates `num_images` of them.
+    def _scored(self, x: Tensor, given: int) -> Tensor:
+        """Images, or the frames of sequences after those that are given."""
+        if x.dim() > 4:
+            raise ModelError(f"x has shape {tuple(x.shape)}: give images (B, D, C), or sequences (T, B, D, C)")
+        if given and not 0 < given < (len(x) if x.dim() == 4 else 0):
+            raise ModelError(f"x has shape {tuple(x.shape)}, of which given={given} frames leave none to score")
+        return x[given:]
 
-        `num_pixels` is used where the decoder leaves D open.
+    def forward(
+        self,
+        x: Tensor | None = None,
+        num_images: int = 1,
+        num_pixels: int = 1,
+        num_frames: int | None = None,
+        given: int = 0,
+    ) -> Tensor:
+        """The Pyro program: scores the images `x` (B, D, C) or sequences (T, B, D, C), or generates `num_images`.
+
+        Args:
+            x: what to score.
+            num_images: how many images, or sequences, to generate.
+            num_pixels: of a generated image, where the decoder leaves D open.
+            num_frames: of generated sequences; None for images.
+            given: the frames at the beginning of `x` that are not scored: the first, where frames are predicted from
+                those before them.
+
+        Raises:
+            ModelError: `x` does not fit the model, or has no frame to score.
 
         z_i is drawn from p(z_i | θ) of the declared model, which ownership makes depend on ψ, and the ``"unowned"``
         factor carries the rest of the ownership term. The joint density is the declared one, and what is generated
@@ -281,11 +322,16 @@ class SpatialMixture(Configured, nn.Module):
         register_parameters("model", self)
         if x is not None:
             self.check(x)
+            x = self._scored(x, given)
+            num_images, num_frames = x.shape[-3], len(x) if x.dim() > 3 else None
         if self.mixing_concentration > 1 and self.mixing_kind == "learned":
             pyro.factor("mixing_prior", self.log_mixing_prior(self.log_mixing))
-        with pyro.plate("images", num_images if x is None else len(x), dim=-2):
+        with contextlib.ExitStack() as plates:
+            plates.enter_context(pyro.plate("images", num_images, dim=-2))
             if self.mixing_concentration > 1 and self.mixing_kind == "per_image":
                 pyro.factor("mixing_prior", self.log_mixing_prior(self.log_mixing).unsqueeze(-1))
+            if num_frames is not None:
+                plates.enter_context(pyro.plate("time", num_frames, dim=-3))
             with pyro.plate("components", self.num_components, dim=-1):
                 theta = pyro.sample("theta", self.prior_distribution())
             psi = self.decode(theta)

@@ -27,4 +27,9 @@ def find_alternative(name: str, strategy: Strategy) -> Strategy:
     """
     if name not in ALTERNATIVES:
         raise StrategyError(f"unknown strategy {name!r} to infer with: choose one of {', '.join(ALTERNATIVES)}")
+    if strategy.is_sequential:
+        raise StrategyError(
+            f"{name} infers images, but this {type(strategy).__name__} takes sequences (task={strategy.task!r}): infer "
+            "with the run's own strategy"
+        )
     return ALTERNATIVES[name](strategy)

@@ -11,9 +11,10 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSample
 
 from pnem.data import Batch, ImageDataset
 from pnem.errors import DataError, ModelError
+from pnem.inference import Strategy
 from pnem.models import SpatialMixture
 
-__all__ = ["Splits", "batches", "check_images", "open_split", "open_splits"]
+__all__ = ["Splits", "batches", "check_frames", "check_images", "open_split", "open_splits"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,24 @@ class Splits:
         return dataset if limit is None else dataset.limited(limit)
 
 
-def open_splits(data: str | Path | Mapping[str, ImageDataset], names: Sequence[str], model: SpatialMixture) -> Splits:
-    """The named splits, with their groups where they have some, checked against the model.
+def open_splits(
+    data: str | Path | Mapping[str, ImageDataset],
+    names: Sequence[str],
+    strategy: Strategy,
+    *,
+    steps: int | None = None,
+) -> Splits:
+    """The named splits, with their groups where they have some, checked against the strategy and its model.
+
+    Args:
+        data: an HDF5 file, or datasets by name.
+        names: of the splits.
+        strategy: for images or for sequences.
+        steps: that the strategy is to take through sequences; as few as it can when None.
 
     Raises:
-        DataError: a split is missing, or its images are not those the model is for.
+        DataError: a split is missing, its images are not those the model is for, they are images where the strategy
+            takes sequences or the reverse, or sequences are too short.
     """
     if isinstance(data, Mapping):
         missing = [name for name in names if name not in data]
@@ -48,22 +62,24 @@ def open_splits(data: str | Path | Mapping[str, ImageDataset], names: Sequence[s
     else:
         datasets, source = {name: ImageDataset.from_hdf5(data, name, with_groups=None) for name in names}, str(data)
     for name, dataset in datasets.items():
-        _check_fits(dataset, f"{source}, split {name!r}", model)
+        _check_fits(dataset, f"{source}, split {name!r}", strategy.model)
+        check_frames(dataset.num_frames, f"{source}, split {name!r}", strategy, steps or 1)
     return Splits(datasets, source)
 
 
 def open_split(
-    data: str | Path | ImageDataset | Mapping[str, ImageDataset], split: str, model: SpatialMixture
+    data: str | Path | ImageDataset | Mapping[str, ImageDataset],
+    split: str,
+    strategy: Strategy,
+    *,
+    steps: int | None = None,
 ) -> ImageDataset:
-    """One split, checked against the model."""
-    return open_splits({split: data} if isinstance(data, ImageDataset) else data, [split], model).datasets[split]
+    """One split, checked as `open_splits` does."""
+    data = {split: data} if isinstance(data, ImageDataset) else data
+    return open_splits(data, [split], strategy, steps=steps).datasets[split]
 
 
 def _check_fits(dataset: ImageDataset, source: str, model: SpatialMixture) -> None:
-    if dataset.num_frames != 1:
-        raise DataError(
-            f"{source} holds sequences of {dataset.num_frames} frames, but static images (T = 1) are needed"
-        )
     expected = tuple(model.decoder.image_shape)
     if tuple(dataset.image_shape) != expected:
         raise DataError(
@@ -72,8 +88,29 @@ def _check_fits(dataset: ImageDataset, source: str, model: SpatialMixture) -> No
         )
 
 
+def check_frames(frames: int, source: str, strategy: Strategy, steps: int) -> None:
+    """Raises `DataError`, naming `source`, unless data of so many frames suit the strategy and its steps."""
+    name, needed = type(strategy).__name__, steps + strategy.steps_ahead
+    if not strategy.is_sequential:
+        if frames != 1:
+            raise DataError(
+                f"{source} holds sequences of {frames} frames, but this {name} takes static images (T = 1): use a "
+                'preset for sequences, or build the strategy with task="prediction" or "denoising"'
+            )
+    elif frames == 1:
+        raise DataError(
+            f"{source} holds static images (T = 1), but this {name} with task={strategy.task!r} takes sequences: use a "
+            'preset for static images, or build the strategy with task="static"'
+        )
+    elif frames < needed:
+        raise DataError(
+            f"{source} holds sequences of {frames} frames, but {steps} steps of {strategy.task} take {needed}: give "
+            "longer sequences, or fewer iterations"
+        )
+
+
 def check_images(model: SpatialMixture, x: Tensor, source: str) -> None:
-    """Raises `DataError`, naming `source`, unless the images `x` (B, D, C) are such as the model can have produced."""
+    """Raises `DataError`, naming `source`, unless images `x` (..., D, C) are such as the model can have produced."""
     try:
         model.check(x)
     except ModelError as error:

@@ -19,11 +19,11 @@ from pnem.data.arrays import check_whole
 from pnem.devices import forked_rng, resolve_device
 from pnem.errors import RunError, StrategyError
 from pnem.files import write_atomically
-from pnem.inference import Posterior, Strategy, importance_weighted_bound
+from pnem.inference import FilteringStrategy, Posterior, State, Strategy, importance_weighted_bound
 from pnem.loading import batches, check_images, open_split
 from pnem.models import Bernoulli, SpatialMixture
 from pnem.models.config import build, describe
-from pnem.run_directory import RunFiles, load_weights, read_history, reserve, save_weights
+from pnem.run_directory import RunFiles, load_weights, read_history, reserve, save_weights, weights_of
 from pnem.scores import Scores, score
 from pnem.settings import Settings
 
@@ -94,23 +94,86 @@ class Run:
         restarts: int = 1,
         iterations: int | None = None,
         keep_trace: bool | None = None,
+        state: State | None = None,
     ) -> Posterior:
         """The posterior for images `x`, (B, D, C) or (B, H, W, C), in one batch; see `Strategy.infer`.
 
-        A trace is kept where the strategy has one, unless `keep_trace` says otherwise.
+        A trace is kept where the strategy has one, unless `keep_trace` says otherwise. Runs on sequences take
+        (T, B, D, C) or (T, B, H, W, C); see `pnem.inference.FilteringStrategy.infer`.
+
+        Args:
+            x: the images, or sequences.
+            restarts, iterations, keep_trace: as there.
+            state: of sequences, where to go on from: ``posterior.state`` of what went before.
 
         Raises:
             ModelError: the images do not fit the model.
-            StrategyError: restarts or iterations < 1.
+            StrategyError: restarts or iterations < 1, images where sequences are needed or the reverse, or too few
+                frames.
         """
         options: dict[str, Any] = {} if keep_trace is None else {"keep_trace": keep_trace}
+        if state is not None:
+            self._require_filtering("going on from a state")
+            options["state"] = state
         return self.strategy.infer(self.images(x), restarts=restarts, iterations=iterations, **options)
 
+    def rollout(self, posterior: Posterior, x: Tensor | np.ndarray, frames: int, *, memory_limit: int = 2**30) -> State:
+        """What follows the sequences `x` that `posterior` is of, predictions fed back for so many frames.
+
+        The predicted frames are ``run.model.prediction(rolled.psi)``, (frames, B, D, C).
+
+        Args:
+            posterior: ``run.infer(x)``.
+            x: the sequences, or their end.
+            frames: how many to predict.
+            memory_limit: bytes that the result may take.
+
+        Raises:
+            StrategyError: as `pnem.inference.FilteringStrategy.rollout`; or the posterior has no state to go on from.
+        """
+        strategy = self._require_filtering("a rollout")
+        if posterior.state is None:
+            raise StrategyError("this posterior has no state to go on from: give what run.infer(x) found in sequences")
+        return strategy.rollout(posterior.state, self.images(x)[-1], frames, memory_limit=memory_limit)
+
+    def _require_filtering(self, what: str) -> FilteringStrategy:
+        if not (isinstance(self.strategy, FilteringStrategy) and self.strategy.is_sequential):
+            raise StrategyError(
+                f"{what} is for strategies on sequences, but this {type(self.strategy).__name__} infers images: use a "
+                'run trained on sequences, with task="prediction" say'
+            )
+        return self.strategy
+
+    def with_components(self, components: int) -> "Run":
+        """This run with another number of components K, in memory, with the same weights: they do not depend on K.
+
+        Raises:
+            ModelError: K < 1.
+            RunError: the model learned mixing weights, of which there is one per component.
+        """
+        if self.model.mixing_kind != "uniform":
+            raise RunError(
+                f"this model's mixing weights are {self.model.mixing_kind!r}, one for each of its "
+                f"{self.model.num_components} components: only models with uniform ones serve another number"
+            )
+        described = self.settings.model | {"num_components": components}
+        with forked_rng(torch.device("cpu")):
+            model = build(described)
+            strategy = build(self.settings.strategy, model)
+        for new, old in ((model, self.model), (strategy, self.strategy)):
+            new.to(self.device, self.model.mixing_logits.dtype).load_state_dict(old.state_dict())
+        settings = replace(self.settings, model=described)
+        return replace(self, model=model.eval(), strategy=strategy.eval(), settings=settings, directory=None)
+
     def images(self, x: Tensor | np.ndarray) -> Tensor:
-        """Images `x`, (B, D, C) or (B, H, W, C), as the model takes them: (B, D, C), its precision, and where it is."""
+        """Images `x`, (B, D, C) or (B, H, W, C), as the model takes them: (B, D, C), its precision, and where it is.
+
+        Sequences alike, with a leading T.
+        """
         images = torch.as_tensor(x)
-        if images.dim() == 4 and tuple(images.shape[1:]) == self.settings.image_shape:
-            images = images.flatten(1, 2)
+        axes = 5 if self.strategy.is_sequential else 4
+        if images.dim() == axes and tuple(images.shape[-3:]) == self.settings.image_shape:
+            images = images.flatten(-3, -2)
         return self._ours(images)
 
     def _ours(self, images: Tensor) -> Tensor:
@@ -137,7 +200,7 @@ class Run:
             StrategyError: restarts or iterations < 1.
         """
         check_whole(batch_size, "batch_size")
-        dataset = open_split(data, split, self.model)
+        dataset = open_split(data, split, self.strategy, steps=iterations if self.strategy.is_sequential else None)
         loader = batches(dataset if limit is None else dataset.limited(limit), batch_size)
         for i, batch in enumerate(track(loader, "inferring", disable=not progress, transient=True)):
             check_images(self.model, batch.x, f"split {split!r}")
@@ -235,6 +298,5 @@ def load(directory: str | Path, *, device: str = "cpu") -> Run:
         raise RunError(f"{directory} cannot be built again: {error}") from error
     if not isinstance(model, SpatialMixture) or not isinstance(strategy, Strategy):
         raise RunError(f"{files.settings} is corrupt: it does not describe a model and a strategy")
-    # A training that was cut off has checkpoints, but its best weights were not written out yet.
-    load_weights(model, strategy, files.weights if files.weights.exists() else files.best)
+    load_weights(model, strategy, weights_of(directory))
     return Run(model.eval(), strategy.eval(), read_history(files.history), settings, directory).to(device)

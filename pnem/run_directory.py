@@ -31,6 +31,7 @@ __all__ = [
     "read_history",
     "reserve",
     "save_weights",
+    "weights_of",
 ]
 
 # Of the ELBO after the last iteration on the validation split, as in `pnem.diagnostics.Terms`.
@@ -75,6 +76,18 @@ def read_history(path: Path) -> pd.DataFrame:
         return table.reindex(columns=HISTORY).map(float).astype({"epoch": int})
     except (ValueError, OSError) as error:
         raise RunError(f"{path} is missing or corrupt, or was not written by pnem: {error}") from error
+
+
+def weights_of(directory: Path) -> Path:
+    """Where the best weights of a run are.
+
+    Raises:
+        RunError: there is no such run.
+    """
+    Settings.read(directory)
+    files = RunFiles.of(directory)
+    # A training that was cut off has checkpoints, but its best weights were not written out yet.
+    return files.weights if files.weights.exists() else files.best
 
 
 def load_weights(model: SpatialMixture, strategy: Strategy, path: Path) -> None:

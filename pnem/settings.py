@@ -42,6 +42,8 @@ class TrainingSettings:
         device: see `pnem.devices.resolve_device`.
         precision: ``"float32"``, ``"bfloat16"`` (autocast; log-probabilities stay in float32) or ``"float64"``.
         compile: whether to compile one iteration with its loss (``torch.compile``): a slow start, then faster steps.
+        truncation: of sequences, the frames over which gradients flow back: after so many the state is taken as given,
+            and what led to it is freed (truncated backpropagation through time); None for all of them.
     """
 
     epochs: int = 20
@@ -57,10 +59,11 @@ class TrainingSettings:
     device: str = "auto"
     precision: str = "float32"
     compile: bool = False
+    truncation: int | None = None
 
     def __post_init__(self) -> None:
         """Raises `RunError` for settings that cannot work."""
-        for name in ("epochs", "batch_size", "patience", "train_limit", "valid_limit"):
+        for name in ("epochs", "batch_size", "patience", "train_limit", "valid_limit", "truncation"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise RunError(f"{name} must be a whole number of at least 1, but is {value!r}")

@@ -23,7 +23,15 @@ from pnem.inference import ELBO, NUTS, ClassicalEM, Objective, Strategy
 from pnem.loading import Splits, batches, open_splits
 from pnem.models import SpatialMixture
 from pnem.run import Run
-from pnem.run_directory import RunFiles, check_resumable, discard_unfinished, load_weights, reserve, save_weights
+from pnem.run_directory import (
+    RunFiles,
+    check_resumable,
+    discard_unfinished,
+    load_weights,
+    reserve,
+    save_weights,
+    weights_of,
+)
 from pnem.settings import Settings, TrainingSettings
 from pnem.training_module import TrainingModule
 
@@ -38,6 +46,7 @@ def fit(
     objective: Objective | None = None,
     out: str | Path | None = None,
     resume: bool = False,
+    start_from: str | Path | Run | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> Run:
@@ -58,13 +67,15 @@ def fit(
         resume: whether to continue the run in `out` exactly where its last finished epoch ended; the parts and the
             settings must be those it was started with, but for `epochs`, `patience`, `device` and `compile`. (Other
             `epochs` stretch a cosine schedule.)
+        start_from: a run, or its directory, whose weights training begins with, as stages of a curriculum do: of a
+            model and a strategy of the same parts, though K may differ.
         progress: whether to show a progress bar.
         **settings: see `TrainingSettings`.
 
     Raises:
         DataError: the data do not fit the model, or hold fewer images than a batch.
-        RunError: `out` exists (without `resume`), is corrupt, or belongs to another model; there is nothing to
-            train; or the loss is not finite.
+        RunError: `out` exists (without `resume`), is corrupt, or belongs to another model; the weights of `start_from`
+            do not fit; there is nothing to train; or the loss is not finite.
         DeviceError: no such device or precision.
         KeyboardInterrupt: with `out`, the message says how to resume; nothing up to the last epoch is lost.
     """
@@ -86,9 +97,10 @@ def fit(
     device = resolve_device(training.device)
     objective = ELBO("ramp") if objective is None else objective
     objective.step_weights(strategy.iterations)
-    splits = open_splits(data, ("training", "validation"), model)
+    splits = open_splits(data, ("training", "validation"), strategy, steps=strategy.iterations)
     _check_enough(splits, training)
-    described = Settings.describe(model, strategy, objective, asdict(training), splits)
+    begun: dict[str, Any] = {} if start_from is None else {"start_from": _start_from(start_from, model, strategy)}
+    described = Settings.describe(model, strategy, objective, asdict(training) | begun, splits)
     with contextlib.ExitStack() as stack:
         if resume:
             check_resumable(out, described)
@@ -118,6 +130,18 @@ def _training_settings(given: Mapping[str, Any]) -> TrainingSettings:
     except TypeError as error:
         known = ", ".join(field.name for field in fields(TrainingSettings))
         raise RunError(f"cannot train with these settings ({error}): choose from {known}") from error
+
+
+def _start_from(start: str | Path | Run, model: SpatialMixture, strategy: Strategy) -> str:
+    """Gives the model and the strategy the weights of a run; returns which."""
+    if not isinstance(start, Run):
+        load_weights(model, strategy, weights_of(Path(start)))
+        return str(start)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "weights.safetensors"
+        save_weights(start.model, start.strategy, path)
+        load_weights(model, strategy, path)
+    return "memory" if start.directory is None else str(start.directory)
 
 
 def _check_enough(splits: Splits, training: TrainingSettings) -> None:

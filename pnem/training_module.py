@@ -28,7 +28,10 @@ WATCHED = 500
 
 
 class Outcome(NamedTuple):
-    """The loss, the mean ELBO after the last iteration, both in nats per image, and γ (B, K, D)."""
+    """The loss, the mean ELBO after the last iteration, both in nats per image, and γ (B, K, D).
+
+    Of sequences the ELBO is the mean over frames.
+    """
 
     loss: Tensor
     elbo: Tensor
@@ -52,7 +55,7 @@ class TrainingModule(lightning.LightningModule):
         self.objective = objective
         self.training_settings = training
         self.steps = steps
-        self.iterate = None
+        self.iterate = self.iteration
         if training.compile:
             # A function may be compiled only so many times in a process, counted over all trainings.
             torch.compiler.reset()
@@ -60,33 +63,53 @@ class TrainingModule(lightning.LightningModule):
         self._reset()
 
     def outcome(self, x: Tensor) -> Outcome:
-        """The losses of one unroll on images `x` (B, D, C)."""
+        """The losses of one unroll on images `x` (B, D, C) or sequences (T, B, D, C)."""
         return self._unrolled(x)[0]
 
-    def _unrolled(self, x: Tensor) -> tuple[Outcome, State]:
-        """`outcome`, and the last state."""
+    def _unrolled(self, x: Tensor) -> tuple[Outcome, list[State]]:
+        """`outcome`, and all states."""
         states = self.strategy.unroll(x)
         loss, elbo = self.objective(self.strategy, states, x)
-        return Outcome(loss, elbo.mean(), states[-1].gamma), states[-1]
+        return Outcome(loss, elbo.mean(), states[-1].gamma), states
 
     def iteration(self, state: State, x_in: Tensor, x: Tensor) -> tuple[State, Tensor]:
         """The next state and its mean loss: a pure function of tensors, the unit that is compiled."""
         state = self.strategy.step(state, x_in, x)
         return state, self.objective.loss_at(self.strategy, state, x).mean()
 
-    def compiled_outcome(self, x: Tensor) -> Outcome:
-        """`outcome` by the compiled iteration: one small graph, run T times."""
-        assert self.iterate is not None
+    def stepwise_outcome(self, x: Tensor) -> Outcome:
+        """`outcome` iteration by iteration: compiled, one small graph, run T times; or truncated in time.
+
+        Truncated, it goes back through all windows of frames but the last, and the loss carries no gradient of theirs.
+        """
         state, x_in = self.strategy.start(x)
-        total = x.new_zeros(())
+        truncation, sequential = self.training_settings.truncation, self.strategy.is_sequential
+        pairs = self.strategy.frames(x_in, x)
+        window, total = x.new_zeros(()), x.new_zeros(())
+        elbos: list[Tensor] = []
         with warnings.catch_warnings():
             # The compiler looks at the gradients of its inputs, which within an unroll have none to keep.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
-            for weight in self.objective.step_weights(self.strategy.iterations):
-                state, loss = self.iterate(state, x_in, x)
+            for t, (weight, (seen, target)) in enumerate(
+                zip(self.objective.step_weights(len(pairs)), pairs, strict=True)
+            ):
+                if truncation is not None and t and t % truncation == 0:
+                    state = state.map(Tensor.detach)
+                    if window.requires_grad:
+                        window.backward()
+                    window, total = x.new_zeros(()), total + window.detach()
+                state, loss = self.iterate(state, seen, target)
                 if weight > 0:
-                    total = total + weight * loss
-        return Outcome(total, self.strategy.elbo(state).mean(), state.gamma)
+                    window = window + weight * loss
+                if sequential:
+                    elbos.append(self.strategy.elbo(state).mean().detach())
+        elbo = torch.stack(elbos).mean() if sequential else self.strategy.elbo(state).mean()
+        return Outcome(total + window, elbo, state.gamma)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        """Lightning empties gradients after the step's loss is there, when truncated windows have left theirs."""
+        if self.training_settings.truncation is None:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Starts every epoch with its own stream of random numbers, so that a resumed run repeats none and skips none.
@@ -96,6 +119,8 @@ class TrainingModule(lightning.LightningModule):
         if batch_idx == 0:
             torch.manual_seed(self.training_settings.seed * 1_000_003 + self.current_epoch)
             self._reset()
+        if self.training_settings.truncation is not None:
+            self.zero_grad()
 
     def on_validation_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draws the same initial γ in every validation, so that epochs are compared on equal terms."""
@@ -109,7 +134,9 @@ class TrainingModule(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: D102
         x = batch.x.to(self.model.mixing_logits.dtype)
-        outcome = self.outcome(x) if self.iterate is None else self.compiled_outcome(x)
+        training = self.training_settings
+        stepwise = training.compile or training.truncation is not None
+        outcome = self.stepwise_outcome(x) if stepwise else self.outcome(x)
         self._train.append(torch.stack([outcome.loss.detach(), outcome.elbo.detach()]))
         if batch_idx % CHECK_EVERY == 0:
             self._require_finite("training", self._train[-1][0])
@@ -117,15 +144,22 @@ class TrainingModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: D102
         x = batch.x.to(self.model.mixing_logits.dtype)
-        outcome, state = self._unrolled(x)
-        self._valid.append(torch.stack([outcome.loss, outcome.elbo]) * len(x))
+        outcome, states = self._unrolled(x)
+        images = x.shape[-3]
+        self._valid.append(torch.stack([outcome.loss, outcome.elbo]) * images)
+        # Frames of sequences are as many images.
+        shown = states if self.strategy.is_sequential else states[-1:]
+        state = State.combine(torch.cat, shown)
         terms = terms_at(self.strategy, state)
-        self._terms.append(torch.stack([getattr(terms, name).sum() for name in TERMS]))
+        self._terms.append(torch.stack([getattr(terms, name).sum() / len(shown) for name in TERMS]))
         if self._valid_images < WATCHED:
-            self._symptoms.append(symptoms(self.model, state, x))
-        self._valid_images += len(x)
+            self._symptoms.append(symptoms(self.model, state, torch.cat(list(self.strategy.targets(x, len(shown))))))
+        self._valid_images += images
         if batch.groups is not None:
-            self._ari.append(adjusted_rand_index(batch.groups, outcome.gamma.argmax(-2)))
+            groups = torch.stack(list(self.strategy.targets(batch.groups, len(shown))))
+            ari = adjusted_rand_index(groups, torch.stack([s.gamma.argmax(-2) for s in shown]))
+            # The γ of a sequence's first step follow from no grouping yet.
+            self._ari.append(ari[1:].nanmean(0) if len(ari) > 1 else ari[0])
 
     def on_validation_epoch_end(self) -> None:
         """Logs the epoch's metrics once, for a log in every step costs as much as a small step."""

@@ -285,7 +285,7 @@ def test_compiled_losses_and_gradients_equal_eager(strategy_name):
         model.zero_grad(), strategy.zero_grad()
 
         def loss(state, x_in, x):
-            return objective(strategy, strategy.rollout(state, x_in, x), x).loss
+            return objective(strategy, strategy.iterate(state, x_in, x), x).loss
 
         torch.manual_seed(4)
         value = wrap(loss)(*strategy.start(x), x)

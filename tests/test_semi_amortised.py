@@ -204,7 +204,7 @@ def test_training_sees_every_step_as_a_shift():
     strategy = SemiAmortised(vae(model), steps=5)
     x = images(4)
     start, x_in = strategy.start(x)
-    last = strategy.rollout(start, x_in, x)[-1]
+    last = strategy.iterate(start, x_in, x)[-1]
     assert not torch.allclose(last.location, start.location)
     weight = torch.randn_like(last.location)
     for after, before, factor in ((last.location, start.location, 1.0), (last.scale.log(), start.scale, start.scale)):

@@ -53,7 +53,7 @@ def test_tied_n_em_is_the_formula_of_the_paper():
     W = model.decoder.linear.weight
     state = strategy.init(x)
     theta, psi, gamma = torch.zeros(2, 3, 5), torch.zeros(2, 3, 12), state.gamma
-    for found in strategy.rollout(state, x_in, x):
+    for found in strategy.iterate(state, x_in, x):
         sigma = theta.sigmoid()
         theta = theta + 0.6 * sigma * (1 - sigma) * ((gamma * (x_in.squeeze(-1).unsqueeze(1) - psi)) @ W)
         psi = (theta.sigmoid() @ W.T).sigmoid()

@@ -15,12 +15,13 @@ __all__ = ["check_pair", "check_posterior", "check_run", "check_strategy"]
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Raises `StrategyError` unless it is one."""
+    """Raises `StrategyError` unless it is one, and of images."""
     if not isinstance(strategy, Strategy):
         raise StrategyError(
             f"strategy must be a Strategy, but is {_kind(strategy)}: give one such as VAE(model), or the strategy of a "
             "run, run.strategy"
         )
+    _require_static(strategy)
 
 
 def check_pair(model: SpatialMixture, strategy: Strategy) -> None:
@@ -50,13 +51,22 @@ def check_posterior(model: SpatialMixture, posterior: Posterior, x: Tensor) -> N
 
 
 def check_run(run: "Run", name: str = "run") -> None:
-    """Raises `RunError` unless it is one."""
+    """Raises `RunError` unless it is one, and `StrategyError` unless it is of images."""
     from pnem.run import Run
 
     if not isinstance(run, Run):
         raise RunError(
             f"{name} must be a Run, but is {_kind(run)}: give what pnem.fit returned, or pnem.load(path) of a run "
             "directory"
+        )
+    _require_static(run.strategy)
+
+
+def _require_static(strategy: Strategy) -> None:
+    if strategy.is_sequential:
+        raise StrategyError(
+            f"diagnostics are of images, but this {type(strategy).__name__} takes sequences (task={strategy.task!r}): "
+            "run.evaluate(data) measures it over time"
         )
 
 

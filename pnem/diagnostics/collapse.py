@@ -82,7 +82,7 @@ def collapse(
         DataError: the run's own data are gone or were in memory, fewer than 30 images, or as `Run.infer_batches`.
     """
     check_run(run)
-    dataset = open_split(_own_data(run) if data is None else data, split, run.model).limited(limit)
+    dataset = open_split(_own_data(run) if data is None else data, split, run.strategy).limited(limit)
     if len(dataset) < MINIMUM:
         raise DataError(
             f"collapse needs at least {MINIMUM} images to say anything, but was given {len(dataset)}: "

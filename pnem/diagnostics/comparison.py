@@ -103,7 +103,7 @@ def compare(
     check_whole(samples, "samples", LEAST_WEIGHTS)
     check_budget(budget)
     check_comparable(runs, measures)
-    dataset = open_split(data, split, next(iter(runs.values())).model)
+    dataset = open_split(data, split, next(iter(runs.values())).strategy)
     dataset = dataset if limit is None else dataset.limited(limit)
     _check_enough(dataset, split, measures)
     schedule = Schedule(len(dataset), batch_size, budget, divided=measures != "grouping")

@@ -77,7 +77,7 @@ def diagnose(
     check_run(run)
     check_whole(batch_size, "batch_size")
     time = Budget(budget)
-    dataset = open_split(data, split, run.model).limited(limit)
+    dataset = open_split(data, split, run.strategy).limited(limit)
     batch = dataset[:]
     if not len(batch.x):
         raise DataError(f"split {split!r} is empty: there is nothing to diagnose")
