@@ -20,7 +20,11 @@ __all__ = ["SafeFile", "write_hdf5"]
 # Small, so that reading one image reads little else. Compression would make random batches 2 to 4 times slower.
 CHUNK_BYTES = 2**14
 
-Chunk: TypeAlias = tuple[ArrayLike | Tensor, ArrayLike | Tensor | None]
+Chunk: TypeAlias = (
+    tuple[ArrayLike | Tensor, ArrayLike | Tensor | None]
+    | tuple[ArrayLike | Tensor, ArrayLike | Tensor | None, Mapping[str, ArrayLike | Tensor]]
+)
+RESERVED = ("features", "groups", "labels")
 
 
 def write_hdf5(
@@ -38,15 +42,16 @@ def write_hdf5(
     Args:
         path: the file to write.
         splits: for each split the pair (features, groups), (T, N, H, W, C) each, with None for no groups; or an
-            iterable of such pairs, written one after the other, for splits that do not fit in memory.
+            iterable of such pairs, written one after the other, for splits that do not fit in memory. A third element
+            maps names to further arrays of what is known of each image, (T, N, ...) or (1, N, ...), such as positions.
         labels: for some splits an array of what is in each image, such as its class, (N, ...): stored as ``labels``.
         overwrite: replace an existing file.
         attrs: HDF5 attributes of the file, to say where the images come from.
 
     Raises:
         DataError: if the file exists and `overwrite` is False, if there is nothing to write, if `ImageDataset` would
-            refuse the arrays or their values, if the pairs of a split do not fit together, if there is not one label
-            for each image, or if the folder is missing, read-only or full.
+            refuse the arrays or their values, if the pairs of a split or their further arrays do not fit together, if
+            there is not one label for each image, or if the folder is missing, read-only or full.
 
     Example:
         >>> import tempfile
@@ -122,11 +127,21 @@ def _write_split(parent: h5py.Group, chunks: Iterable[Chunk], sink: SafeFile) ->
     written = 0
     layout: dict[str, tuple[Any, ...]] = {}
     for chunk in chunks:
-        if not (isinstance(chunk, tuple) and len(chunk) == 2 and chunk[0] is not None):
-            raise DataError(f"{where}: expected pairs (features, groups), got one of {type(chunk).__name__}")
-        pair = zip(("features", "groups"), chunk, strict=True)
+        if not (
+            isinstance(chunk, tuple)
+            and len(chunk) in (2, 3)
+            and chunk[0] is not None
+            and all(isinstance(further, Mapping) for further in chunk[2:])
+        ):
+            raise DataError(
+                f"{where}: expected pairs (features, groups), or with a mapping of further arrays as the third, got "
+                f"one of {type(chunk).__name__}"
+            )
+        pair = zip(("features", "groups"), chunk[:2], strict=True)
         arrays = {name: array_of(value, f"{where}: {name}") for name, value in pair if value is not None}
         check_arrays(arrays["features"], arrays.get("groups"), where)
+        for name, value in chunk[2].items() if len(chunk) == 3 else ():
+            arrays[name] = _further(name, value, arrays["features"].shape, where)
         stop = written + arrays["features"].shape[1]
         index = np.arange(written, stop)
         check_finite(arrays["features"], index, where)
@@ -137,12 +152,12 @@ def _write_split(parent: h5py.Group, chunks: Iterable[Chunk], sink: SafeFile) ->
         if not layout:
             layout = found
             for name, array in arrays.items():
-                T, _, *image = array.shape
+                frames, _, *image = array.shape
                 block = max(1, CHUNK_BYTES * array.shape[1] // array.nbytes)
-                limits = {"maxshape": (T, None, *image), "chunks": (T, block, *image)}
-                parent.create_dataset(name, shape=(T, 0, *image), dtype=array.dtype, **limits)
+                limits = {"maxshape": (frames, None, *image), "chunks": (frames, block, *image)}
+                parent.create_dataset(name, shape=(frames, 0, *image), dtype=array.dtype, **limits)
         if found != layout:
-            raise DataError(f"{where}: all pairs need the same (dtype, T, H, W, C): {layout}, then {found}")
+            raise DataError(f"{where}: all pairs need the same arrays, (dtype, T, ...): {layout}, then {found}")
         for name, array in arrays.items():
             parent[name].resize(stop, axis=1)
             parent[name][:, written:] = array
@@ -150,6 +165,22 @@ def _write_split(parent: h5py.Group, chunks: Iterable[Chunk], sink: SafeFile) ->
         written = stop
     if not written:
         raise DataError(f"{where} has no images to write: give at least one")
+
+
+def _further(name: str, value: ArrayLike | Tensor, images: tuple[int, ...], where: str) -> NDArray[Any]:
+    """An array of what is known of each image."""
+    if not (isinstance(name, str) and name.isidentifier()) or name in RESERVED:
+        raise DataError(f"{where}: a further array cannot be called {name!r}: give it a name of its own, such as speed")
+    array = array_of(value, f"{where}: {name}")
+    T, N = images[:2]
+    if array.dtype.kind not in "biuf" or 0 in array.shape or array.shape[:2] not in ((T, N), (1, N)):
+        raise DataError(
+            f"{where}: {name} has shape {array.shape} and dtype {array.dtype}, but features has T = {T} frames of "
+            f"N = {N} images: give numbers of shape (T, N, ...), or (1, N, ...) for what does not change"
+        )
+    if not np.isfinite(array).all():
+        raise DataError(f"{where}: {name} has NaN or infinity: repair it or leave it out")
+    return array
 
 
 def _write_labels(file: h5py.File, split: str, labels: NDArray[Any]) -> None:
