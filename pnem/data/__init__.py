@@ -1,6 +1,7 @@
 """Data sets of images, with or without a true grouping of their pixels: read, written, generated; and tables."""
 
 from pnem.data.fingerprint import fingerprint
+from pnem.data.flying_shapes import LabelledSequences, flying_shapes, write_flying_shapes
 from pnem.data.hdf5 import MEMORY_LIMIT, Batch, ImageDataset
 from pnem.data.mnist import write_mnist
 from pnem.data.rows import Rows
@@ -14,12 +15,15 @@ __all__ = [
     "Batch",
     "ImageDataset",
     "LabelledImages",
+    "LabelledSequences",
     "Rows",
     "Table",
     "fingerprint",
+    "flying_shapes",
     "open_items",
     "read_table",
     "static_shapes",
+    "write_flying_shapes",
     "write_hdf5",
     "write_mnist",
     "write_static_shapes",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pnem.errors import DataError
 
-__all__ = ["array_of", "check_arrays", "check_finite", "check_whole", "whole_labels"]
+__all__ = ["array_of", "check_arrays", "check_finite", "check_size", "check_whole", "whole_labels"]
 
 
 class Shaped(Protocol):
@@ -39,6 +39,23 @@ def check_whole(value: int, name: str, minimum: int = 1) -> int:
     if whole < minimum:
         raise DataError(f"{name}={whole}: give at least {minimum}")
     return whole
+
+
+def check_size(size: int | tuple[int, int], least: tuple[int, int], what: str) -> tuple[int, int]:
+    """Height and width; raises `DataError` unless they are at least the `least`, which `what` needs.
+
+    Example:
+        >>> check_size(28, least=(7, 12), what="the outlines")
+        (28, 28)
+    """
+    pair = size if isinstance(size, tuple) else (size, size)
+    if len(pair) != 2:
+        raise DataError(f"size={size!r}: give one number, or (height, width)")
+    H, W = (check_whole(length, "size") for length in pair)
+    rows, columns = least
+    if rows > H or columns > W:
+        raise DataError(f"size={size!r} is too small for {what}: give at least {rows} rows and {columns} columns")
+    return H, W
 
 
 def array_of(value: ArrayLike | Tensor, name: str) -> NDArray[Any]:

@@ -7,11 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pnem.data.arrays import check_whole
+from pnem.data.arrays import check_size, check_whole
 from pnem.data.writing import write_hdf5
-from pnem.errors import DataError
 
-__all__ = ["OUTLINES", "LabelledImages", "static_shapes", "write_static_shapes"]
+__all__ = ["OUTLINES", "LabelledImages", "draw_outlines", "shapes_size", "static_shapes", "write_static_shapes"]
 
 _SQUARE = """
 1111111
@@ -45,6 +44,9 @@ OUTLINES: dict[str, NDArray[np.bool_]] = {
     "down_triangle": _drawing(_UP_TRIANGLE)[::-1],
 }
 """The three outlines, two pixels thick: True where the shape covers a pixel."""
+
+OUTLINE_SIZES = np.array([outline.shape for outline in OUTLINES.values()])
+"""Height and width of each of the `OUTLINES`, (3, 2)."""
 
 BLOCK = 4096
 
@@ -93,23 +95,55 @@ def static_shapes(
         array([0, 1, 2, 3], dtype=uint8)
     """
     N, K = check_whole(num_images, "num_images"), check_whole(num_objects, "num_objects")
-    H, W = _height_width(size)
+    H, W = shapes_size(size)
     rng = np.random.default_rng(check_whole(seed, "seed", 0)) if rng is None else rng
     # Three numbers an image and object, drawn image by image: what makes the images independent of how many are drawn.
     shape, row, column = np.moveaxis(rng.random((N, K, 3)), -1, 0)
-    features = np.zeros(N * H * W, dtype=np.uint8)
-    groups = np.zeros(N * H * W, dtype=np.min_scalar_type(K))
+    shape = np.floor(shape * len(OUTLINES)).astype(np.intp)
+    heights, widths = OUTLINE_SIZES[shape].transpose(2, 0, 1)
+    top = np.floor(row * (H - heights + 1)).astype(np.intp)
+    left = np.floor(column * (W - widths + 1)).astype(np.intp)
+    return draw_outlines(shape, top[None], left[None], (H, W))
+
+
+def draw_outlines(
+    shape: NDArray[np.integer], top: NDArray[np.intp], left: NDArray[np.intp], size: tuple[int, int]
+) -> LabelledImages:
+    """Draw objects at given places.
+
+    Args:
+        shape: which of the `OUTLINES` each object is, counted from 0, (N, K).
+        top: row of its first pixels, (T, N, K).
+        left: column of its first pixels, (T, N, K).
+        size: height and width of the images.
+
+    Returns:
+        features and groups, (T, N, H, W, 1) each, as `static_shapes` says.
+
+    Example:
+        >>> corner = np.zeros((1, 1, 1), dtype=np.intp)
+        >>> draw_outlines(np.array([[0]]), corner, corner, (7, 12)).features.sum()
+        np.uint64(40)
+    """
+    (T, N, K), (H, W) = top.shape, size
+    features = np.zeros(T * N * H * W, dtype=np.uint8)
+    groups = np.zeros(T * N * H * W, dtype=np.min_scalar_type(K))
+    image = np.arange(T * N).reshape(T, N)
     for k in range(K):
         for s, outline in enumerate(OUTLINES.values()):
-            (n,) = np.nonzero(np.floor(shape[:, k] * len(OUTLINES)) == s)
-            h, w = outline.shape
-            top = np.floor(row[n, k] * (H - h + 1)).astype(np.intp)
-            left = np.floor(column[n, k] * (W - w + 1)).astype(np.intp)
+            (n,) = np.nonzero(shape[:, k] == s)
+            corner = (image[:, n] * H + top[:, n, k]) * W + left[:, n, k]
             r, c = np.nonzero(outline)
-            pixels = ((n * H + top) * W + left)[:, None] + r * W + c
+            pixels = corner[..., None] + r * W + c
             groups[pixels] = np.where(features[pixels], 0, k + 1)
             features[pixels] = 1
-    return LabelledImages(features.reshape(1, N, H, W, 1), groups.reshape(1, N, H, W, 1))
+    return LabelledImages(features.reshape(T, N, H, W, 1), groups.reshape(T, N, H, W, 1))
+
+
+def shapes_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width; raises `DataError` where an outline does not fit in them."""
+    rows, columns = OUTLINE_SIZES.max(axis=0).tolist()
+    return check_size(size, (rows, columns), "the outlines")
 
 
 def write_static_shapes(
@@ -154,7 +188,7 @@ def write_static_shapes(
         "validation": check_whole(valid, "valid"),
         "test": check_whole(test, "test"),
     }
-    num_objects, size = check_whole(num_objects, "num_objects"), _height_width(size)
+    num_objects, size = check_whole(num_objects, "num_objects"), shapes_size(size)
     streams = np.random.SeedSequence(check_whole(seed, "seed", 0)).spawn(len(sizes))
 
     def blocks(num_images: int, stream: np.random.SeedSequence) -> Iterator[LabelledImages]:
@@ -165,14 +199,3 @@ def write_static_shapes(
     splits = {split: blocks(N, stream) for (split, N), stream in zip(sizes.items(), streams, strict=True)}
     attrs = {"generator": "pnem.data.static_shapes", "num_objects": num_objects, "size": size, "seed": seed}
     write_hdf5(path, splits, overwrite=overwrite, attrs=attrs)
-
-
-def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    pair = size if isinstance(size, tuple) else (size, size)
-    if len(pair) != 2:
-        raise DataError(f"size={size!r}: give one number, or (height, width)")
-    H, W = (check_whole(length, "size") for length in pair)
-    rows, columns = map(max, zip(*(outline.shape for outline in OUTLINES.values()), strict=True))
-    if min(H - rows, W - columns) < 0:
-        raise DataError(f"size={size!r} is too small for the outlines: give at least {rows} rows and {columns} columns")
-    return H, W
