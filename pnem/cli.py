@@ -102,7 +102,8 @@ BatchOption = Annotated[int, typer.Option("--batch-size", help="Images at once."
 IterationsOption = Annotated[int | None, typer.Option(help="T at inference; the default is that of training.")]
 PRESET_HELP = (
     "A recipe: rnn-em, quick-rnn-em or greff2017-static-rnn-em; n-em or greff2017-static-n-em; iodine-static-shapes; "
-    "vae-mnist. The default is the strategy's best one."
+    "vae-mnist; for sequences flying-shapes or greff2017-flying-shapes. The default is the strategy's best one on "
+    "static images."
 )
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile an iteration: a slow start, faster steps.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -124,6 +125,12 @@ def train(
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
     train_limit: Annotated[int | None, typer.Option(help="Use only the first so many training images.")] = None,
     compile: CompileOption = False,  # noqa: A002
+    truncation: Annotated[
+        int | None, typer.Option(help="Of sequences, the frames over which gradients flow back; all when left out.")
+    ] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="A run whose weights to begin with: of an earlier stage, say.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out after its last epoch.")] = False,
 ) -> None:
     """Train a strategy together with its model.
@@ -141,6 +148,7 @@ def train(
     torch.manual_seed(seed)
     parts = recipe.build(image_shape, components=components, iterations=iterations)
     given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "train_limit": train_limit}
+    given["truncation"] = truncation
     settings = {**recipe.training, **{name: value for name, value in given.items() if value is not None}}
     run = fit(
         parts.model,
@@ -149,6 +157,7 @@ def train(
         objective=parts.objective,
         out=out,
         resume=resume,
+        start_from=start_from,
         seed=seed,
         device=device,
         precision=precision,
@@ -157,9 +166,10 @@ def train(
     )
     best = run.history.iloc[int(run.history["valid_loss"].argmin())]
     ari = "" if math.isnan(best["valid_ari"]) else f", ARI {best['valid_ari']:.3f}"
+    unit = "frame" if run.strategy.is_sequential else "image"
     _say(
         f"trained {len(run.history)} epochs in {run.history['seconds'].iloc[-1]:.0f} s; "
-        f"best epoch {best['epoch']:.0f}: ELBO {best['valid_elbo']:.2f} nats per image{ari} on the validation split\n"
+        f"best epoch {best['epoch']:.0f}: ELBO {best['valid_elbo']:.2f} nats per {unit}{ari} on the validation split\n"
         f"the run is in {out}; next: pnem evaluate {out} {data}"
     )
 

@@ -22,7 +22,9 @@ def write_predictions(run: Run, data: str | Path, out: str | Path, *, split: str
 
     Datasets: ``gamma`` (N, K, H, W); ``labels`` (N, H, W), the component most responsible; ``psi`` (N, K, H, W, C),
     each component's predicted mean; ``theta`` (N, K, M), the mean of q(θ); and where q(θ) is a normal distribution
-    with independent entries ``theta_scale`` (N, K, M), their standard deviations.
+    with independent entries ``theta_scale`` (N, K, M), their standard deviations. Of sequences all have a leading axis
+    of S steps, as `Posterior` has them, and ``prediction`` (S, N, H, W, C) is what the components predict together
+    without seeing the frame.
 
     Args:
         run: a fitted run.
@@ -40,20 +42,20 @@ def write_predictions(run: Run, data: str | Path, out: str | Path, *, split: str
     images = {split: ImageDataset.from_hdf5(data, split, with_groups=False)}
     options["split"] = split
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    count = 0
+    count, axis = 0, int(run.strategy.is_sequential)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with SafeFile(temporary, "x+") as sink, h5py.File(sink, "w") as file:
             for _, posterior in run.infer_batches(images, **options):
-                for name, tensor in _contents(posterior, run.settings.image_shape).items():
+                for name, tensor in _contents(posterior, run).items():
                     values = tensor.cpu().numpy()
-                    shape = values.shape[1:]
+                    steps, shape = values.shape[:axis], values.shape[axis + 1 :]
                     if name not in file:
-                        dtype = "i2" if name == "labels" else "f4"
-                        file.create_dataset(name, (0, *shape), dtype, maxshape=(None, *shape), chunks=(64, *shape))
-                    file[name].resize(count + len(values), axis=0)
-                    file[name][count:] = values
-                count += len(posterior.gamma)
+                        layout = {"maxshape": (*steps, None, *shape), "chunks": (*(1 for _ in steps), 64, *shape)}
+                        file.create_dataset(name, (*steps, 0, *shape), "i2" if name == "labels" else "f4", **layout)
+                    file[name].resize(count + values.shape[axis], axis=axis)
+                    file[name][(*(slice(None) for _ in steps), slice(count, None))] = values
+                count += posterior.gamma.shape[axis]
                 sink.check()
             file.flush()
             sink.check()
@@ -67,8 +69,8 @@ def write_predictions(run: Run, data: str | Path, out: str | Path, *, split: str
     return count
 
 
-def _contents(posterior: Posterior, image_shape: tuple[int, int, int]) -> dict[str, Tensor]:
-    grid = image_shape[:2]
+def _contents(posterior: Posterior, run: Run) -> dict[str, Tensor]:
+    grid = run.settings.image_shape[:2]
     contents = {
         "gamma": posterior.gamma.unflatten(-1, grid),
         "labels": posterior.labels.unflatten(-1, grid),
@@ -77,4 +79,6 @@ def _contents(posterior: Posterior, image_shape: tuple[int, int, int]) -> dict[s
     }
     if isinstance(posterior.q, dist.Independent) and isinstance(posterior.q.base_dist, dist.Normal):
         contents["theta_scale"] = posterior.q.stddev
+    if run.strategy.is_sequential:
+        contents["prediction"] = run.model.prediction(posterior.psi, posterior.log_mixing).unflatten(-2, grid)
     return contents

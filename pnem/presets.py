@@ -127,6 +127,41 @@ def _vae_mnist(image_shape: Sequence[int], components: int, iterations: int) -> 
     return Parts(model, VAE(model, encoder=encoders.MLP(image_shape, hidden=(512, 512))), ELBO("last"))
 
 
+def _flying_shapes(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
+    model = SpatialMixture(
+        decoders.MLP(64, image_shape, hidden=(256,), layer_norm=True),
+        Bernoulli(),
+        components,
+        pixel_prior=0.0,
+        ownership=0.5,
+    )
+    strategy = RNNEM(
+        model,
+        encoder=encoders.MLP(image_shape, hidden=(256,), layer_norm=True),
+        recurrence="gated",
+        layer_norm=True,
+        iterations=iterations,
+        noise=BitFlip(0.2),
+        task="prediction",
+    )
+    return Parts(model, strategy, ELBO("all"))
+
+
+def _greff2017_flying_shapes(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
+    model = SpatialMixture(decoders.Convolutional(100, image_shape), Bernoulli(), components, pixel_prior=0.0)
+    strategy = RNNEM(
+        model,
+        encoder=encoders.Convolutional(image_shape),
+        layer_norm=True,
+        iterations=iterations,
+        noise=BitFlip(0.2),
+        e_step="greff2017",
+        gamma_gradient=False,
+        task="prediction",
+    )
+    return Parts(model, strategy, NEMLoss("all"))
+
+
 _BEST = {"batch_size": 64, "schedule": "cosine", "warmup_steps": 100, "patience": None, "valid_limit": 2_000}
 _GREFF2017 = {"epochs": 500, "batch_size": 64, "learning_rate": 1e-3, "patience": 10}
 
@@ -173,6 +208,22 @@ PRESETS: dict[str, Preset] = {
     ),
     "greff2017-static-n-em": Preset(
         "n-em", "the original N-EM on static shapes (Greff et al. 2017)", _greff2017_static_n_em, 4, 15, _GREFF2017
+    ),
+    "flying-shapes": Preset(
+        "rnn-em",
+        "pnem's own RNN-EM on flying shapes: predicts the next frame, by the ownership model and its ELBO",
+        _flying_shapes,
+        3,
+        20,
+        _BEST | {"epochs": 20, "learning_rate": 2e-3, "valid_limit": 500},
+    ),
+    "greff2017-flying-shapes": Preset(
+        "rnn-em",
+        "the original RNN-EM on flying shapes (Greff et al. 2017); with one component the recurrent autoencoder",
+        _greff2017_flying_shapes,
+        3,
+        20,
+        _GREFF2017,
     ),
     "vae-mnist": Preset(
         "vae",
