@@ -198,5 +198,5 @@ def by_component(q: dist.TorchDistribution) -> dist.TorchDistribution | None:
     if isinstance(q, dist.Delta):
         return dist.Delta(q.v, event_dim=1)
     if isinstance(q, dist.Independent) and len(q.base_dist.batch_shape) > 1:
-        return q.base_dist.to_event(len(q.base_dist.batch_shape) - 2)
+        return q.base_dist.to_event(1 - len(q.base_dist.event_shape))
     return None

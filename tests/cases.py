@@ -129,6 +129,30 @@ def images(count: int, shape: tuple[int, int, int] = (3, 4, 1)) -> Tensor:
     return (torch.rand(count, shape[0] * shape[1], shape[2]) < 0.5).to(torch.get_default_dtype())
 
 
+SEQUENTIAL: dict[str, Callable[..., Strategy]] = {
+    "rnn-em": lambda model, **options: RNNEM(model, **options),
+    "rnn-em, gated": lambda model, **options: RNNEM(
+        model,
+        encoder=encoders.MLP(model.decoder.image_shape, hidden=(9,), layer_norm=True),
+        recurrence="gated",
+        layer_norm=True,
+        gamma_gradient=False,
+        noise=BitFlip(0.1),
+        **options,
+    ),
+    "rnn-em, greff2017": lambda model, **options: RNNEM(model, layer_norm=True, e_step="greff2017", **options),
+    "n-em": lambda model, **options: NEM(model, step_size=0.3, **options),
+    "iterative vi": lambda model, **options: IterativeVI(model, hidden=6, **options),
+    "iterative vi, delta": lambda model, **options: IterativeVI(model, posterior="delta", **options),
+}
+"""Strategies on sequences, to be given iterations and a task."""
+
+
+def sequences(frames: int, count: int, shape: tuple[int, int, int] = (3, 4, 1)) -> Tensor:
+    """Random binary sequences in the default dtype: (frames, count, D, C)."""
+    return images(frames * count, shape).unflatten(0, (frames, count))
+
+
 COVARIANCES = {"spherical": "spherical", "diagonal": "diag", "full": "full", "tied": "tied"}
 FAMILIES: dict[str, Callable[[], Likelihood]] = {
     **{name: functools.partial(MultivariateNormal, name, floor=0.0) for name in COVARIANCES},
