@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pnem.diagnostics.at_draws import IMAGE, SAMPLE, after_iterations, as_numpy, at_draws
+from pnem.diagnostics.checks import check_strategy
 from pnem.diagnostics.inference_data import Variable, inference_data
 from pnem.errors import RunError, StrategyError
 from pnem.inference import Posterior, Strategy
@@ -121,6 +122,7 @@ def _resolved(
     from pnem.run import Run
 
     if isinstance(source, Run):
+        check_strategy(source.strategy)
         if strategy is not None:
             raise RunError("a run has a strategy: leave strategy out, or give run.using(strategy)")
         images = source.images(x)
@@ -130,6 +132,7 @@ def _resolved(
     if strategy is None:
         raise StrategyError("a posterior does not know how it was inferred: give strategy, the one that inferred it")
     images = torch.as_tensor(x)
+    check_strategy(strategy)
     strategy.model.check(images, missing=True)
     require_images(strategy.model, images)
     shape = (len(images), strategy.model.num_components, strategy.model.latent_features)
