@@ -17,6 +17,7 @@ from pnem.data_command import data_app
 from pnem.diagnose_command import diagnose
 from pnem.em_command import em
 from pnem.errors import PnemError, RunError
+from pnem.generalise_command import generalise
 
 __all__ = ["app", "main"]
 
@@ -273,6 +274,7 @@ def infer(
 app.command()(diagnose)
 app.command()(em)
 app.command()(compare)
+app.command()(generalise)
 
 
 @app.command()
