@@ -187,6 +187,9 @@ def evaluate(
     importance_samples: Annotated[
         int | None, typer.Option(help="Also estimate log p(x), with so many draws from q(θ) for each image.")
     ] = None,
+    rollout: Annotated[
+        int, typer.Option(help="Of sequences, predict so many frames at the end without seeing them.", min=0)
+    ] = 0,
     batch_size: BatchOption = 100,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
@@ -196,12 +199,15 @@ def evaluate(
 
     Strategies whose q(θ) is a distribution, such as vae, also have an ELBO, and log p(x) by importance weighting.
 
+    Runs on sequences are scored over time: grouping, identity switches, prediction of the next frame, rollouts.
+
     `--strategy` infers in the same model with another strategy, unamortised: slow, so give a `--limit`.
 
     Example: `pnem evaluate runs/rnn-em shapes.h5 --limit 1000 --restarts 8`
     """
     from pnem.files import write_atomically
     from pnem.run import load
+    from pnem.sequence_scores import SequenceScores
 
     if json_file is not None and json_file.exists():
         raise RunError(f"{json_file} exists already: choose another name")
@@ -213,12 +219,17 @@ def evaluate(
         restarts=restarts,
         iterations=iterations,
         importance_samples=importance_samples,
+        rollout=rollout,
         batch_size=batch_size,
         seed=seed,
         progress=True,
     )
-    title = f"{run}{'' if strategy is None else f' by {strategy}'} on {scores.images} {split} images"
-    table = Table(title=title, caption="all but AMI and ARI in nats per image")
+    if isinstance(scores, SequenceScores):
+        what = f"{scores.sequences} {split} sequences"
+        caption = "over all steps but the first, then over sequences"
+    else:
+        what, caption = f"{scores.images} {split} images", "all but AMI and ARI in nats per image"
+    table = Table(title=f"{run}{'' if strategy is None else f' by {strategy}'} on {what}", caption=caption)
     table.add_column("score")
     table.add_column("mean", justify="right")
     table.add_column("standard error", justify="right")
@@ -226,9 +237,15 @@ def evaluate(
         table.add_row(*row)
     Console().print(table)
     if json_file is not None:
-        # NaN is not JSON.
-        values = {name: None if value != value else value for name, value in scores._asdict().items()}
+        values = {name: _jsonable(value) for name, value in scores._asdict().items()}
         write_atomically(json_file, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def _jsonable(value: Any) -> Any:
+    """The value, or the values of a curve; NaN, which is not JSON, becomes null."""
+    if isinstance(value, tuple):
+        return [_jsonable(entry) for entry in value]
+    return None if value != value else value
 
 
 @app.command()

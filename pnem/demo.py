@@ -15,7 +15,7 @@ from pnem.devices import resolve_device
 from pnem.errors import RunError
 from pnem.inference import Posterior
 from pnem.presets import PRESETS
-from pnem.run import Run, Scores
+from pnem.run import Run, Scores, SequenceScores
 from pnem.training import fit
 
 __all__ = ["run_demo"]
@@ -109,7 +109,7 @@ def _faster_precision(device: str) -> str:
     return min(seconds, key=seconds.__getitem__)
 
 
-def _row(single: Scores, best: Scores) -> tuple[str, ...]:
+def _row(single: Scores | SequenceScores, best: Scores | SequenceScores) -> tuple[str, ...]:
     return (
         f"{single.ami:.3f} ± {single.ami_se:.3f}",
         f"{best.ami:.3f} ± {best.ami_se:.3f}",

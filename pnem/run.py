@@ -1,7 +1,7 @@
 """A fitted (model, strategy) pair: use it, score it, save it, load it."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from pnem.alternatives import find_alternative
 from pnem.data import Batch, ImageDataset
 from pnem.data.arrays import check_whole
 from pnem.devices import forked_rng, resolve_device
-from pnem.errors import RunError, StrategyError
+from pnem.errors import DataError, RunError, StrategyError
 from pnem.files import write_atomically
 from pnem.inference import FilteringStrategy, Posterior, State, Strategy, importance_weighted_bound
 from pnem.loading import batches, check_images, open_split
@@ -25,6 +25,7 @@ from pnem.models import Bernoulli, SpatialMixture
 from pnem.models.config import build, describe
 from pnem.run_directory import RunFiles, load_weights, read_history, reserve, save_weights, weights_of
 from pnem.scores import Scores, score
+from pnem.sequence_scores import SequenceScores, score_sequences
 from pnem.settings import Settings
 
 __all__ = ["Run", "load"]
@@ -218,22 +219,38 @@ class Run:
         restarts: int = 1,
         iterations: int | None = None,
         importance_samples: int | None = None,
+        rollout: int = 0,
         batch_size: int = 100,
         seed: int = 0,
         progress: bool = False,
-    ) -> Scores:
-        """Scores on a split; the other arguments and errors are those of `infer_batches`.
+    ) -> Scores | SequenceScores:
+        """Scores on a split, for strategies on sequences `SequenceScores`; other arguments are `infer_batches`'.
 
         Args:
             importance_samples: L draws of θ for each image, by which log p(x) is estimated; None leaves that out. It
-                takes a strategy whose q(θ) has a density.
+                takes a strategy on images whose q(θ) has a density.
+            rollout: how many frames at the end of each sequence (with `iterations`, after as many steps) the strategy
+                does not see but predicts, from predictions alone: for strategies that predict sequences.
 
         Raises:
-            DataError: importance_samples < 1.
-            StrategyError: importance samples are asked of a strategy whose q(θ) is a Delta.
+            DataError: importance_samples < 1, rollout < 0, or sequences too short to leave two steps before a rollout.
+            StrategyError: importance samples are asked of a strategy on sequences or one whose q(θ) is a Delta; or a
+                rollout of one that does not predict frames, or of more frames than the memory for them.
+
+        Otherwise as `infer_batches`.
         """
         if importance_samples is not None:
             check_whole(importance_samples, "importance_samples")
+        if check_whole(rollout, "rollout", 0):
+            self._require_filtering("a rollout")
+        if self.strategy.is_sequential:
+            if importance_samples is not None:
+                raise StrategyError(
+                    "importance samples estimate log p(x) of images, but this run is on sequences: leave "
+                    "importance_samples out; log_evidence is that of each frame"
+                )
+            data = open_split(data, split, self.strategy)
+            iterations = self._steps_before(data.num_frames, rollout, iterations)
         results = self.infer_batches(
             data,
             split=split,
@@ -245,13 +262,34 @@ class Run:
             progress=progress,
         )
         bernoulli = isinstance(self.model.likelihood, Bernoulli)
-        if importance_samples is None:
-            return score(results, bernoulli=bernoulli)
-        log_marginal = functools.partial(self._log_marginal, samples=importance_samples)
         with forked_rng(self.device):
             # A stream that no batch of `infer_batches` has.
             torch.manual_seed((seed + 1) * 1_000_003 - 1)
+            if self.strategy.is_sequential:
+                return score_sequences(self._rolled_out(results, rollout), self.model, self.strategy)
+            if importance_samples is None:
+                return score(results, bernoulli=bernoulli)
+            log_marginal = functools.partial(self._log_marginal, samples=importance_samples)
             return score(results, bernoulli=bernoulli, log_marginal=log_marginal, importance_samples=importance_samples)
+
+    def _steps_before(self, frames: int, rollout: int, iterations: int | None) -> int:
+        """The steps to take through sequences of so many frames, of which a rollout predicts the last."""
+        ahead = self.strategy.steps_ahead
+        steps = frames - rollout - ahead if iterations is None else check_whole(iterations, "iterations")
+        if steps < 2 or steps + ahead + rollout > frames:
+            raise DataError(
+                f"sequences of {frames} frames are too few for a rollout of {rollout} after "
+                f"{max(steps, 2)} steps of {self.strategy.task}, of which the first is not scored: that takes "
+                f"{max(steps, 2) + ahead + rollout}"
+            )
+        return steps
+
+    def _rolled_out(
+        self, results: Iterable[tuple[Batch, Posterior]], rollout: int
+    ) -> Iterator[tuple[Batch, Posterior, State | None]]:
+        for batch, posterior in results:
+            seen = batch.x[: len(posterior.log_evidence) + self.strategy.steps_ahead]
+            yield batch, posterior, self.rollout(posterior, seen, rollout) if rollout else None
 
     def _log_marginal(self, batch: Batch, posterior: Posterior, samples: int) -> Tensor:
         if isinstance(posterior.q, dist.Delta):

@@ -117,55 +117,25 @@ def _error(mean: float, standard_error: float) -> tuple[str, str]:
 
 
 def score_sequences(
-    results: Iterable[tuple[Batch, Posterior, State | None, Batch | None]], model: SpatialMixture, strategy: Strategy
+    results: Iterable[tuple[Batch, Posterior, State | None]], model: SpatialMixture, strategy: Strategy
 ) -> SequenceScores:
     """The scores of sequences and their posteriors, batch by batch: of a batch only numbers per frame are kept.
 
     Args:
-        results: for each batch the frames that were seen, x (T, B, D, C) with groups (T, B, D) or without; what
-            `Strategy.infer` found in them; and either None twice, or what `Strategy.rollout` predicted of the n frames
-            after them, and those frames.
+        results: for each batch the sequences, x (T, B, D, C) with groups (T, B, D) or without; what `Strategy.infer`
+            found in all or the first of their frames; and what `FilteringStrategy.rollout` predicted of the frames
+            after those, or None.
         model: the model; for Bernoulli pixels the errors are cross-entropies.
         strategy: the strategy, whose task says on which frame each step is scored.
 
     Raises:
-        DataError: there are no sequences, or so few frames that only the first step could be scored.
+        DataError: there are no sequences, only a single step, which would be the first, or not all the frames that were
+            rolled out.
     """
-    bernoulli = isinstance(model.likelihood, Bernoulli)
     measured: dict[str, list[Tensor]] = defaultdict(list)
-
-    def keep(name: str, values: Tensor) -> None:
-        measured[name].append(values.double().cpu())
-
-    def error(frames: Tensor, found: Posterior | State) -> Tensor:
-        prediction = model.prediction(found.psi, found.log_mixing)
-        return frame_error(frames.to(prediction.device), prediction, bernoulli=bernoulli)
-
-    for batch, posterior, rolled, following in results:
-        steps = len(posterior.log_evidence)
-        if steps < 2:
-            raise DataError(
-                f"{len(batch.x)} frames make {steps} step for {strategy.task}, but the first step is not scored: "
-                "give sequences of more frames, or roll out fewer"
-            )
-        scored = slice(strategy.steps_ahead, strategy.steps_ahead + steps)
-        targets = batch.x[scored]
-        keep("prediction_error", error(targets, posterior))
-        reconstruction = posterior.reconstruction
-        keep(
-            "reconstruction_error", frame_error(targets.to(reconstruction.device), reconstruction, bernoulli=bernoulli)
-        )
-        keep("log_evidence", posterior.log_evidence)
-        if batch.groups is not None:
-            groups, labels = batch.groups[scored], posterior.labels.cpu()
-            ami, ari = grouping_over_time(groups, labels)
-            keep("ami", ami)
-            keep("ari", ari)
-            keep("switches", identity_switches(groups, labels).per_object)
-        if rolled is not None and following is not None:
-            keep("rollout_error", error(following.x, rolled))
-            if following.groups is not None:
-                keep("rollout_ari", grouping_over_time(following.groups, rolled.gamma.argmax(-2).cpu()).ari)
+    for batch, posterior, rolled in results:
+        for name, found in _measured(batch, posterior, rolled, model, strategy).items():
+            measured[name].append(found.double().cpu())
     if not measured:
         raise DataError("there are no sequences to score: give at least one batch")
     values = {name: cat(batches, -1) for name, batches in measured.items()}
@@ -189,7 +159,7 @@ def score_sequences(
 
     return SequenceScores(
         strategy.task,
-        "binary cross-entropy" if bernoulli else "squared error",
+        "binary cross-entropy" if isinstance(model.likelihood, Bernoulli) else "squared error",
         *number("ami"),
         *number("ari"),
         *number("switches"),
@@ -207,6 +177,44 @@ def score_sequences(
         errors("rollout_ari"),
         values["log_evidence"].shape[-1],
     )
+
+
+def _measured(
+    batch: Batch, posterior: Posterior, rolled: State | None, model: SpatialMixture, strategy: Strategy
+) -> dict[str, Tensor]:
+    """What is known of each step, or frame of the rollout, and sequence of a batch: (S, B), (n, B); switches (B,)."""
+    steps, first = len(posterior.log_evidence), strategy.steps_ahead
+    if steps < 2:
+        raise DataError(
+            f"there is only {steps} step of {strategy.task}, and the first is not scored: give sequences of more "
+            "frames, more iterations, or a shorter rollout"
+        )
+    scored = slice(first, first + steps)
+
+    def error(frames: Tensor, prediction: Tensor) -> Tensor:
+        return frame_error(frames.to(prediction.device), prediction, bernoulli=isinstance(model.likelihood, Bernoulli))
+
+    found = {
+        "prediction_error": error(batch.x[scored], model.prediction(posterior.psi, posterior.log_mixing)),
+        "reconstruction_error": error(batch.x[scored], posterior.reconstruction),
+        "log_evidence": posterior.log_evidence,
+    }
+    if batch.groups is not None:
+        groups, labels = batch.groups[scored], posterior.labels.cpu()
+        found |= grouping_over_time(groups, labels)._asdict()
+        found["switches"] = identity_switches(groups, labels).per_object
+    if rolled is not None:
+        beyond = slice(first + steps, first + steps + len(rolled.gamma))
+        if beyond.stop > len(batch.x):
+            raise DataError(
+                f"{len(rolled.gamma)} frames were rolled out after {beyond.start}, but the sequences have "
+                f"{len(batch.x)}: give all that were predicted"
+            )
+        found["rollout_error"] = error(batch.x[beyond], model.prediction(rolled.psi, rolled.log_mixing))
+        if batch.groups is not None:
+            labels = rolled.gamma.argmax(-2).cpu()
+            found["rollout_ari"] = grouping_over_time(batch.groups[beyond], labels).ari
+    return found
 
 
 def _over_sequences(name: str, values: Tensor) -> tuple[float, float]:

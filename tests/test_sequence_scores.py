@@ -49,16 +49,14 @@ def found(model: Any, steps: int, B: int, generator: torch.Generator) -> tuple[P
 
 def sequences(
     model: Any, strategy: Any, *, count: int = 6, horizon: int = 0, groups: bool = True
-) -> tuple[Batch, Posterior, State | None, Batch | None]:
+) -> tuple[Batch, Posterior, State | None]:
+    """Sequences of T frames and a horizon, and what was found in the T."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(T + horizon, count, D, 1, generator=generator).round()
     objects = torch.randint(0, 3, (T + horizon, count, D), generator=generator) if groups else None
     posterior, _ = found(model, T - strategy.steps_ahead, count, generator)
-    seen = Batch(x[:T], None if objects is None else objects[:T])
-    if not horizon:
-        return seen, posterior, None, None
-    _, rolled = found(model, horizon, count, generator)
-    return seen, posterior, rolled, Batch(x[T:], None if objects is None else objects[T:])
+    batch = Batch(x, objects)
+    return batch, posterior, found(model, horizon, count, generator)[1] if horizon else None
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -80,8 +78,8 @@ def test_every_number_is_the_mean_over_steps_but_the_first_and_then_over_sequenc
     task: str, likelihood: Any, error: Any
 ) -> None:
     model, strategy = model_of(likelihood), strategy_of(task)
-    batch, posterior, rolled, following = sequences(model, strategy, horizon=3)
-    scores = score_sequences([(batch, posterior, rolled, following)], model, strategy)
+    batch, posterior, rolled = sequences(model, strategy, horizon=3)
+    scores = score_sequences([(batch, posterior, rolled)], model, strategy)
     B, S, ahead = 6, T - strategy.steps_ahead, strategy.steps_ahead
     assert (scores.task, scores.sequences) == (task, B)
     assert scores.measure == ("binary cross-entropy" if error is nats else "squared error")
@@ -101,7 +99,7 @@ def test_every_number_is_the_mean_over_steps_but_the_first_and_then_over_sequenc
         assert getattr(scores, f"{name}_by_step") == pytest.approx(values.mean(1), rel=1e-6)
 
     assert batch.groups is not None
-    groups, labels = batch.groups[ahead:], posterior.gamma.argmax(-2)
+    groups, labels = batch.groups[ahead:T], posterior.gamma.argmax(-2)
     for name, values in grouping_over_time(groups, labels)._asdict().items():
         expected = mean_and_error(values[1:].mean(0).tolist())
         assert (getattr(scores, name), getattr(scores, f"{name}_se")) == pytest.approx(expected, rel=1e-9)
@@ -111,27 +109,24 @@ def test_every_number_is_the_mean_over_steps_but_the_first_and_then_over_sequenc
     assert scores.switches > 0
 
     assert rolled is not None
-    assert following is not None
-    assert following.groups is not None
     for n in range(3):
-        values = [error(following.x[n, b], rolled.mean[n, b].amax(0)) for b in range(B)]
+        values = [error(batch.x[T + n, b], rolled.mean[n, b].amax(0)) for b in range(B)]
         assert (scores.rollout_error[n], scores.rollout_error_se[n]) == pytest.approx(mean_and_error(values), rel=1e-6)
-        ari = grouping_over_time(following.groups, rolled.gamma.argmax(-2)).ari[n].tolist()
+        ari = grouping_over_time(batch.groups[T:], rolled.gamma.argmax(-2)).ari[n].tolist()
         assert (scores.rollout_ari[n], scores.rollout_ari_se[n]) == pytest.approx(mean_and_error(ari), rel=1e-9)
 
 
 def test_batches_give_the_scores_of_all_sequences_together() -> None:
     model, strategy = model_of(Bernoulli()), strategy_of("prediction")
-    batch, posterior, rolled, following = sequences(model, strategy, horizon=2)
+    batch, posterior, rolled = sequences(model, strategy, horizon=2)
     assert rolled is not None
-    assert following is not None
-    together = score_sequences([(batch, posterior, rolled, following)], model, strategy)
+    together = score_sequences([(batch, posterior, rolled)], model, strategy)
 
     def part(values: Any, chosen: slice) -> Any:
         return type(values)._make(v[:, chosen] if isinstance(v, Tensor) else v for v in values)
 
     parts = (
-        tuple(part(whole, chosen) for whole in (batch, posterior, rolled, following))
+        tuple(part(whole, chosen) for whole in (batch, posterior, rolled))
         for chosen in (slice(0, 1), slice(1, 4), slice(4, None))
     )
     apart = score_sequences(parts, model, strategy)  # type: ignore[arg-type]
@@ -152,7 +147,7 @@ def test_perfect_posteriors() -> None:
     psi = torch.where(gamma > 0.5, x[1:].transpose(-1, -2), 0).unsqueeze(-1) * 200 - 100
     posterior, _ = found(model, T - 1, 1, torch.Generator())
     posterior = posterior._replace(gamma=gamma, psi=psi, mean=psi.sigmoid())
-    scores = score_sequences([(Batch(x, groups), posterior, None, None)], model, strategy)
+    scores = score_sequences([(Batch(x, groups), posterior, None)], model, strategy)
     assert (scores.ami, scores.ari, scores.switches) == (1, 1, 0)
     assert scores.ari_by_step == (0, 1, 1, 1)
     assert scores.prediction_error == pytest.approx(0, abs=1e-9)
@@ -177,15 +172,13 @@ def test_without_groups_or_a_rollout_there_are_dashes_and_empty_curves() -> None
 
 def test_frames_and_sequences_without_objects_are_left_out() -> None:
     model, strategy = model_of(Bernoulli()), strategy_of("denoising")
-    batch, posterior, rolled, following = sequences(model, strategy, horizon=1)
+    batch, posterior, rolled = sequences(model, strategy, horizon=1)
     assert batch.groups is not None
-    assert following is not None
-    assert following.groups is not None
     batch.groups[:, 0] = 0
     batch.groups[2, 1] = 0
-    following.groups[0, 2] = 0
-    scores = score_sequences([(batch, posterior, rolled, following)], model, strategy)
-    ari = grouping_over_time(batch.groups, posterior.gamma.argmax(-2)).ari
+    batch.groups[T, 2] = 0
+    scores = score_sequences([(batch, posterior, rolled)], model, strategy)
+    ari = grouping_over_time(batch.groups[:T], posterior.gamma.argmax(-2)).ari
     expected = [ari[[1, 3, 4], 1].mean().item(), *ari[1:, 2:].mean(0).tolist()]
     assert (scores.ari, scores.ari_se) == pytest.approx(mean_and_error(expected))
     assert not math.isnan(scores.rollout_ari[0])
@@ -196,7 +189,7 @@ def test_what_diverged_is_not_left_out() -> None:
     batch, posterior, *_ = sequences(model, strategy)
     posterior.log_evidence[2, 3] = math.nan
     posterior.psi[2, 3] = math.nan
-    scores = score_sequences([(batch, posterior, None, None)], model, strategy)
+    scores = score_sequences([(batch, posterior, None)], model, strategy)
     assert all(map(math.isnan, (scores.log_evidence, scores.log_evidence_se, scores.prediction_error)))
     assert [math.isnan(value) for value in scores.log_evidence_by_step] == [False, False, True, False]
 
@@ -230,9 +223,11 @@ def test_rows_name_the_error_and_some_horizons() -> None:
 
 def test_too_few_frames_or_none_are_refused() -> None:
     model, strategy = model_of(Bernoulli()), strategy_of("prediction")
-    batch, posterior, *_ = sequences(model, strategy)
-    short = Batch(batch.x[:2], None), posterior._replace(log_evidence=posterior.log_evidence[:1]), None, None
-    with pytest.raises(DataError, match="2 frames make 1 step for prediction, but the first step is not scored"):
-        score_sequences([short], model, strategy)
+    batch, posterior, rolled = sequences(model, strategy, horizon=3)
+    one_step = posterior._replace(log_evidence=posterior.log_evidence[:1])
+    with pytest.raises(DataError, match="only 1 step of prediction, and the first is not scored"):
+        score_sequences([(batch, one_step, None)], model, strategy)
+    with pytest.raises(DataError, match="3 frames were rolled out after 5, but the sequences have 7"):
+        score_sequences([(Batch(batch.x[:7], None), posterior, rolled)], model, strategy)
     with pytest.raises(DataError, match="no sequences to score"):
         score_sequences([], model, strategy)
