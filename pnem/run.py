@@ -276,12 +276,15 @@ class Run:
         """The steps to take through sequences of so many frames, of which a rollout predicts the last."""
         ahead = self.strategy.steps_ahead
         steps = frames - rollout - ahead if iterations is None else check_whole(iterations, "iterations")
-        if steps < 2 or steps + ahead + rollout > frames:
+        needed = max(steps, 2) + ahead + rollout
+        if needed > frames:
             raise DataError(
-                f"sequences of {frames} frames are too few for a rollout of {rollout} after "
-                f"{max(steps, 2)} steps of {self.strategy.task}, of which the first is not scored: that takes "
-                f"{max(steps, 2) + ahead + rollout}"
+                f"{max(steps, 2)} steps of {self.strategy.task} (at least 2: the first is not scored) and a rollout of "
+                f"{rollout} frames take sequences of {needed} frames, but these have {frames}: give longer ones, or "
+                "ask for less"
             )
+        if steps < 2:
+            raise DataError("the first step is not scored: give at least 2 iterations")
         return steps
 
     def _rolled_out(
