@@ -27,6 +27,7 @@ from pnem.inference.objectives import ELBO, Losses, NEMLoss, Objective
 from pnem.inference.online_em import OnlineEM
 from pnem.inference.posterior import Posterior, State
 from pnem.inference.pyro_guide import PyroGuide
+from pnem.inference.r_nem import RNEM
 from pnem.inference.rnn_em import RNNEM
 from pnem.inference.semi_amortised import SemiAmortised
 from pnem.inference.strategy import Strategy
@@ -37,6 +38,7 @@ __all__ = [
     "ELBO",
     "NEM",
     "NUTS",
+    "RNEM",
     "RNNEM",
     "VAE",
     "BitFlip",

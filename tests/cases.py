@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pnem.inference import (
     NEM,
+    RNEM,
     RNNEM,
     VAE,
     BitFlip,
@@ -49,6 +50,17 @@ STRATEGIES: dict[str, Callable[[SpatialMixture], Strategy]] = {
         gamma_gradient=False,
     ),
     "rnn-em, greff2017": lambda model: RNNEM(model, iterations=3, layer_norm=True, e_step="greff2017"),
+    "r-nem": lambda model: RNEM(model, interaction_features=7, iterations=3, noise=BitFlip(0.1)),
+    "r-nem, gated, no attention": lambda model: RNEM(
+        model,
+        encoder=encoders.MLP(model.decoder.image_shape, hidden=(9,), layer_norm=True),
+        recurrence="gated",
+        layer_norm=True,
+        interaction_features=8,
+        attention=False,
+        iterations=3,
+        gamma_gradient=False,
+    ),
     "n-em": lambda model: NEM(model, step_size=0.3, iterations=4, noise=MaskedUniform(0.1)),
     "n-em, greff2017": lambda model: NEM(model, step_size=0.3, iterations=3, e_step="greff2017"),
     "gradient em": lambda model: GradientEM(model, iterations=3, steps=3),
