@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pnem.inference.errors import StrategyError
 from pnem.models.config import Configured
@@ -79,7 +80,19 @@ class Convolutional(Encoder):
     """Strided convolutions, then fully connected layers.
 
     The defaults are the network of the original flying-shapes experiment: 4×4 convolutions with stride 2 to 32 and 64
-    channels, FC 512, ELU and layer norm (over channels and pixels jointly).
+    channels, FC 512, ELU and layer norm (over channels and pixels jointly). That of flying MNIST has
+    ``channels=(32, 64, 128), input_norm=True``, that of 64×64 bouncing balls (van Steenkiste et al. 2018)
+    ``channels=(16, 32, 64)``.
+
+    Args:
+        image_shape: (H, W, C) of the input.
+        channels: of each convolution.
+        hidden: the width of each fully connected layer; the last is E.
+        kernel_size: of the convolutions.
+        activation: after every layer.
+        layer_norm: whether every layer is layer-normalised.
+        input_norm: whether the input is first shifted and scaled to mean 0 and variance 1 over its pixels and channels
+            (10⁻⁵ is added to the variance, so that a constant input becomes 0).
 
     Raises:
         StrategyError: the image is too small for that many halvings.
@@ -97,8 +110,10 @@ class Convolutional(Encoder):
         kernel_size: int = 4,
         activation: str = "elu",
         layer_norm: bool = True,
+        input_norm: bool = False,
     ):
         super().__init__(image_shape)
+        self.input_norm = input_norm
         height, width, channels_in = self.image_shape
         if min(height, width) < 2 ** len(channels):
             raise StrategyError(
@@ -120,6 +135,8 @@ class Convolutional(Encoder):
 
     def _encode(self, x: Tensor) -> Tensor:
         height, width, channels = self.image_shape
+        if self.input_norm:
+            x = F.layer_norm(x, x.shape[1:])
         image = x.transpose(1, 2).reshape(-1, channels, height, width)
         return self.hidden(self.convolutions(image).flatten(1))
 

@@ -126,6 +126,8 @@ class Convolutional(Decoder):
 
     The defaults are the network of the original flying-shapes experiment: FC 512, FC 7·7·64, upsample and convolve to
     32 and to P channels, 4×4 kernels, ReLU and layer norm (over channels and pixels jointly) on all but the output.
+    That of flying MNIST has ``channels=(128, 64, 32)``, that of 64×64 bouncing balls (van Steenkiste et al. 2018)
+    ``channels=(64, 32, 16)``.
 
     Raises:
         ModelError: H or W is not divisible by 2 to the number of upsamplings.

@@ -152,6 +152,14 @@ def test_every_parameter_of_the_interactions_gets_a_gradient_in_one_step(attenti
         assert bool((parameter.grad != 0).any()), name
 
 
+def test_the_original_interactions_have_the_parameters_of_their_layers():
+    """One layer of 250 each for encoding, embedding [θ̂_k, θ̂_i] and effect, and 100 and 1 for attention."""
+    encoding, embedding = 251 * 250 + 500, 501 * 250 + 500
+    effect, attention = 251 * 250 + 500, 251 * 100 + 200 + 101
+    net = Interactions(250, 250, layer_norm=True)
+    assert sum(parameter.numel() for parameter in net.parameters()) == encoding + embedding + effect + attention
+
+
 def test_another_number_of_components_takes_the_same_weights():
     few, many = (RNEM(MODELS["owned Bernoulli"](K=K), interaction_features=6) for K in (2, 7))
     many.load_state_dict(few.state_dict())
