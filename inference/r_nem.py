@@ -31,11 +31,11 @@ class RNEM(RecurrentStrategy):
         layer_norm: whether the cell and the networks of the interactions are layer-normalised.
         interaction_features: F, the size of θ̂_k and E_k, and of the hidden layers between them.
         attention: whether effects are weighted by an attention between 0 and 1.
-        iterations, noise, e_step, gamma_gradient: see `Strategy`.
+        iterations, noise, e_step, gamma_gradient, task: see `FilteringStrategy`.
 
     Raises:
         StrategyError: an unknown recurrence, `interaction_features` below 1, an encoder for other images, or as
-            `Strategy`.
+            `FilteringStrategy`.
 
     >>> import torch
     >>> from pnem.models import Bernoulli, SpatialMixture, decoders
@@ -57,6 +57,7 @@ class RNEM(RecurrentStrategy):
         noise: Noise | None = None,
         e_step: str = "consistent",
         gamma_gradient: bool = True,
+        task: str = "static",
     ):
         interactions = Interactions(
             model.latent_features, interaction_features, attention=attention, layer_norm=layer_norm
@@ -72,6 +73,7 @@ class RNEM(RecurrentStrategy):
             noise=noise,
             e_step=e_step,
             gamma_gradient=gamma_gradient,
+            task=task,
         )
         self.interactions = interactions
 

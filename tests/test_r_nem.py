@@ -166,6 +166,20 @@ def test_another_number_of_components_takes_the_same_weights():
     assert many.infer(images(2)).theta.shape == (2, 7, 5)
 
 
+def test_along_a_sequence_each_step_sees_the_frame_before_and_what_the_others_were_then():
+    strategy = RNEM(MODELS["owned Bernoulli"](), interaction_features=6, task="prediction", iterations=3)
+    x, gamma = images(8).unflatten(0, (4, 2)), torch.rand(2, 3, 12).softmax(1)
+    state = strategy.init(x[0], gamma)
+    found = strategy.infer(x, gamma=gamma)
+    for seen, target, theta in zip(x, x[1:], found.theta, strict=False):
+        by_hand = [by_pairs(strategy.interactions, one) for one in state.theta]
+        vectors = [torch.stack(v) for v in zip(*by_hand, strict=True)]
+        state = strategy.evaluate(state, strategy.recur(state, seen, state.theta, *vectors), target)
+        torch.testing.assert_close(theta, state.theta)
+    rolled = strategy.rollout(found.state, x[-1], 5)
+    assert rolled.theta.shape == (5, 2, 3, 5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -176,6 +190,7 @@ def test_another_number_of_components_takes_the_same_weights():
         ({"encoder": encoders.MLP((5, 5, 1))}, "for images of shape"),
         ({"iterations": 0}, "iterations must be at least 1"),
         ({"e_step": "hard"}, "consistent"),
+        ({"task": "forecast"}, "static, denoising, prediction"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options, message):
