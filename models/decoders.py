@@ -178,15 +178,27 @@ class Convolutional(Decoder):
 
 
 class _UpsampleConvolve(nn.Module):
+    """Upsampling ×2 to the nearest neighbour, a convolution that keeps the size, layer norm and the activation."""
+
     def __init__(self, width_in: int, width_out: int, kernel: int, name: str, *, layer_norm: bool, last: bool):
         super().__init__()
-        # Padded by hand: "same" padding with an even kernel makes PyTorch copy its input, with a warning.
-        self.padding = ((kernel - 1) // 2, kernel // 2) * 2
         self.convolution = nn.Conv2d(width_in, width_out, kernel)
         # One group over all channels and pixels is layer norm with one gain and offset per channel.
         self.norm = nn.GroupNorm(1, width_out) if layer_norm and not last else nn.Identity()
         self.activation = nn.Identity() if last else activation(name)
 
     def forward(self, y: Tensor) -> Tensor:
-        y = F.pad(F.interpolate(y, scale_factor=2.0, mode="nearest"), self.padding)
-        return self.activation(self.norm(self.convolution(y)))
+        return self.activation(self.norm(upsample_convolve(y, self.convolution.weight, self.convolution.bias)))
+
+
+def upsample_convolve(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolves y (N, C, H, W), each pixel repeated 2×2, with zeros around it: -> (N, C', 2H, 2W).
+
+    Of the k − 1 zeros in a row, the larger half comes after it.
+
+    As a pixel and its copies share a weight, it is one transposed convolution of y itself, whose kernel of size k + 1
+    holds the sums of neighbouring weights: for k = 4 2.6 times fewer products, and no enlarged y in memory.
+    """
+    k = weight.shape[-1]
+    sums = F.avg_pool2d(weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1)
+    return F.conv_transpose2d(y, sums.transpose(0, 1), bias, stride=2, padding=k // 2, output_padding=(k + 1) % 2)

@@ -6,6 +6,7 @@ from pnem.errors import ModelError, StrategyError
 from pnem.inference import RNNEM, encoders
 from pnem.models import Bernoulli, SpatialMixture, decoders
 from pnem.models.config import build, describe
+from pnem.models.decoders import upsample_convolve
 
 DECODERS = {
     "linear": lambda shape: decoders.Linear(6, shape),
@@ -54,6 +55,20 @@ def test_the_convolutional_decoder_keeps_pixels_in_row_major_order():
     coarse = decoder.hidden(theta).reshape(3, 1, 2, 3)
     expected = F.interpolate(coarse, scale_factor=2).reshape(3, 24, 1)
     torch.testing.assert_close(decoder(theta), expected)
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4, 5, 8])
+@pytest.mark.usefixtures("float64")
+def test_upsampling_and_convolution_in_one_is_one_after_the_other(kernel):
+    """Values and gradients, against the nearest neighbour, zeros around it, and a plain convolution."""
+    y = torch.randn(2, 3, 4, 5, requires_grad=True)
+    weight, bias = torch.randn(6, 3, kernel, kernel, requires_grad=True), torch.randn(6, requires_grad=True)
+    enlarged = F.pad(F.interpolate(y, scale_factor=2.0), ((kernel - 1) // 2, kernel // 2) * 2)
+    expected, found = F.conv2d(enlarged, weight, bias), upsample_convolve(y, weight, bias)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    out = torch.randn_like(expected)
+    for ours, theirs in zip(*(torch.autograd.grad(z, (y, weight, bias), out) for z in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-11)
 
 
 def test_the_convolutional_networks_see_the_image_the_right_way_round():
