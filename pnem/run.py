@@ -278,10 +278,10 @@ class Run:
         steps = frames - rollout - ahead if iterations is None else check_whole(iterations, "iterations")
         needed = max(steps, 2) + ahead + rollout
         if needed > frames:
+            rolled = f" and a rollout of {rollout} frames" if rollout else ""
             raise DataError(
-                f"{max(steps, 2)} steps of {self.strategy.task} (at least 2: the first is not scored) and a rollout of "
-                f"{rollout} frames take sequences of {needed} frames, but these have {frames}: give longer ones, or "
-                "ask for less"
+                f"{max(steps, 2)} steps of {self.strategy.task} (at least 2: the first is not scored){rolled} take "
+                f"sequences of {needed} frames, but these have {frames}: give longer ones, or ask for less"
             )
         if steps < 2:
             raise DataError("the first step is not scored: give at least 2 iterations")

@@ -327,7 +327,7 @@ class TestTraining:
         run = pnem.fit(*_pair(), data(), **options)
         with pytest.raises(DataError, match="holds static images"):
             run.evaluate(data(1))
-        with pytest.raises(DataError, match="9 steps of prediction take 10"):
+        with pytest.raises(DataError, match=r"9 steps of prediction .* take sequences of 10 frames, but these have 5"):
             run.evaluate(data(5), iterations=9)
 
     def test_what_is_for_images_refuses_sequences(self):
