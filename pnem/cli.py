@@ -102,9 +102,10 @@ InferWithOption = Annotated[
 BatchOption = Annotated[int, typer.Option("--batch-size", help="Images at once.", min=1)]
 IterationsOption = Annotated[int | None, typer.Option(help="T at inference; the default is that of training.")]
 PRESET_HELP = (
-    "A recipe: rnn-em, quick-rnn-em or greff2017-static-rnn-em; n-em or greff2017-static-n-em; iodine-static-shapes; "
-    "vae-mnist; for sequences flying-shapes or greff2017-flying-shapes. The default is the strategy's best one on "
-    "static images."
+    "A recipe. For static images: rnn-em, quick-rnn-em or greff2017-static-rnn-em; n-em or greff2017-static-n-em; "
+    "iodine-static-shapes; vae-mnist. For sequences: flying-shapes, flying-mnist, bouncing-balls, "
+    "relational-bouncing-balls, greff2017-flying-shapes, greff2017-flying-mnist or greff2017-flying-mnist-later. The "
+    "default is the strategy's first."
 )
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile an iteration: a slow start, faster steps.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -113,7 +114,7 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 @app.command()
 def train(
     data: DataArgument,
-    strategy: Annotated[str, typer.Option(help="rnn-em, n-em, vae or iterative-vi.")],
+    strategy: Annotated[str, typer.Option(help="rnn-em, n-em, iterative-vi, vae or r-nem.")],
     out: Annotated[Path, typer.Option(help="The run directory to write.")],
     preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
     components: Annotated[int | None, typer.Option(help="K.")] = None,
