@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pnem.data.arrays import check_whole
-from pnem.data.flight import check_frames, fly
+from pnem.data.flight import Flight, check_frames, fly
 from pnem.data.shapes import OUTLINE_SIZES, OUTLINES, draw_outlines, shapes_size
 from pnem.data.splits import write_splits
 
@@ -70,12 +70,17 @@ def flying_shapes(
     T, size = check_frames(num_frames), shapes_size(size)
     rng = np.random.default_rng(check_whole(seed, "seed", 0)) if rng is None else rng
     # Five numbers an object, drawn sequence by sequence: what makes them independent of how many are drawn.
-    numbers = rng.random((N, K, 5))
-    shape = np.floor(numbers[..., 0] * len(OUTLINES)).astype(np.uint8)
-    positions, velocities = fly(numbers[..., 1:], np.array(size) - OUTLINE_SIZES[shape], T)
-    top, left = np.moveaxis(np.rint(positions).astype(np.intp), -1, 0)
-    features, groups = draw_outlines(shape, top, left, size)
-    return LabelledSequences(features, groups, positions, velocities, shape[None])
+    shapes, flight = place_shapes(rng.random((N, K, 5)), T, size)
+    top, left = np.moveaxis(np.rint(flight.positions).astype(np.intp), -1, 0)
+    return LabelledSequences(*draw_outlines(shapes, top, left, size), *flight, shapes[None])
+
+
+def place_shapes(
+    numbers: NDArray[np.float64], num_frames: int, size: tuple[int, int]
+) -> tuple[NDArray[np.uint8], Flight]:
+    """Which outlines (N, K) fly where, from five uniform random numbers in [0, 1) for each, (N, K, 5)."""
+    shapes = np.floor(numbers[..., 0] * len(OUTLINES)).astype(np.uint8)
+    return shapes, fly(numbers[..., 1:], np.array(size) - OUTLINE_SIZES[shapes], num_frames)
 
 
 def write_flying_shapes(

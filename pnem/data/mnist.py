@@ -98,7 +98,7 @@ def write_mnist(
     if binarise:
         x = (np.random.default_rng(thresholds).random(x.shape) < x).astype(np.uint8)
     bounds = np.cumsum(list(sizes.values()))[:-1]
-    order = _stratified(digits.labels, np.random.default_rng(shuffling))
+    order = stratified(digits.labels, np.random.default_rng(shuffling))
     chosen = dict(reversed(list(zip(sizes, np.split(order[: sum(sizes.values())], bounds), strict=True))))
     write_hdf5(
         path,
@@ -114,7 +114,7 @@ def write_mnist(
     )
 
 
-def _stratified(labels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.intp]:
+def stratified(labels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.intp]:
     """All indices, shuffled so that each class comes once before any comes again."""
     shuffled = rng.permutation(len(labels))
     turn = np.empty(len(labels), dtype=np.intp)

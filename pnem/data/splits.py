@@ -13,12 +13,12 @@ from pnem.data.writing import Chunk, write_hdf5
 
 __all__ = ["write_splits"]
 
-BLOCK_BYTES = 2**25
+BLOCK_BYTES = 2**24
 """About how much memory the features of one block take, a byte each."""
 
 
 class Sequences(Protocol):
-    """A named tuple of arrays whose first two are features and groups."""
+    """A named tuple of arrays, features and groups among them; None where there is none."""
 
     def _asdict(self) -> dict[str, Any]: ...
 
@@ -72,7 +72,7 @@ def write_splits(
             rng = np.random.default_rng(stream)
             for start in range(0, sizes[split], block):
                 n = min(block, sizes[split] - start)
-                known = draw(split, n, rng)._asdict()
+                known = {name: array for name, array in draw(split, n, rng)._asdict().items() if array is not None}
                 yield known.pop("features"), known.pop("groups"), known
                 bar.advance(task, n)
 
