@@ -166,7 +166,7 @@ def write_bouncing_balls(
         test: sequences in the split ``test``.
         seed: the same seed and settings give the same file.
         overwrite: replace an existing file.
-        progress: whether to show a progress bar on standard error.
+        progress: whether to show a progress bar on standard error, if that is a terminal.
 
     Raises:
         DataError: as `bouncing_balls` and `write_hdf5` do.

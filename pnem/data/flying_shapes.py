@@ -112,7 +112,7 @@ def write_flying_shapes(
         test: sequences in the split ``test``.
         seed: the same seed and settings give the same file.
         overwrite: replace an existing file.
-        progress: whether to show a progress bar on standard error.
+        progress: whether to show a progress bar on standard error, if that is a terminal.
 
     Raises:
         DataError: as `flying_shapes` and `write_hdf5` do.

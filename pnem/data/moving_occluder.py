@@ -141,7 +141,7 @@ def write_moving_occluder(
         test: sequences in the split ``test``.
         seed: the same seed and settings give the same file.
         overwrite: replace an existing file.
-        progress: whether to show a progress bar on standard error.
+        progress: whether to show a progress bar on standard error, if that is a terminal.
 
     Raises:
         DataError: as `moving_occluder` and `write_hdf5` do.

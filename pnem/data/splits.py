@@ -50,7 +50,7 @@ def write_splits(
         sequence_pixels: T · H · W, which decides how many sequences are drawn at once.
         seed: from which the three streams are spawned.
         overwrite: replace an existing file.
-        progress: whether to show a progress bar on standard error.
+        progress: whether to show a progress bar on standard error, if that is a terminal.
         attrs: HDF5 attributes of the file; `seed` is added.
 
     Raises:
@@ -65,7 +65,9 @@ def write_splits(
     block = max(1, BLOCK_BYTES // sequence_pixels)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
 
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bar:
+    console = Console(stderr=True)
+    # Elsewhere than on a terminal a bar would leave an empty line.
+    with Progress(*columns, console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
         task = bar.add_task("sequences", total=sum(sizes.values()))
 
         def blocks(split: str, stream: np.random.SeedSequence) -> Iterator[Chunk]:
