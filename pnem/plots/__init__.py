@@ -5,6 +5,7 @@ cell it is shown once, ``figure.savefig(path)`` writes it, and nothing is left t
 those of `STYLE` while a figure is made, and afterwards what they were.
 """
 
+from pnem.plots.animation import Animation, animation
 from pnem.plots.comparison import comparison
 from pnem.plots.curves import bound, elbo_by_iteration, training_curves
 from pnem.plots.elbo import elbo_terms
@@ -19,6 +20,8 @@ from pnem.plots.traces import trace
 
 __all__ = [
     "STYLE",
+    "Animation",
+    "animation",
     "bound",
     "calibration_ranks",
     "comparison",
