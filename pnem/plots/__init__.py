@@ -13,8 +13,10 @@ from pnem.plots.entropy import entropy_maps
 from pnem.plots.gaps import inference_gap
 from pnem.plots.images import overview
 from pnem.plots.mixtures import mixture_1d, mixture_2d
+from pnem.plots.over_time import curves_by_horizon, curves_by_objects, curves_by_step
 from pnem.plots.palette import component_colours
 from pnem.plots.reliability import calibration_ranks, k_hat
+from pnem.plots.sequences import sequence_frames
 from pnem.plots.style import STYLE
 from pnem.plots.traces import trace
 
@@ -26,6 +28,9 @@ __all__ = [
     "calibration_ranks",
     "comparison",
     "component_colours",
+    "curves_by_horizon",
+    "curves_by_objects",
+    "curves_by_step",
     "elbo_by_iteration",
     "elbo_terms",
     "entropy_maps",
@@ -34,6 +39,7 @@ __all__ = [
     "mixture_1d",
     "mixture_2d",
     "overview",
+    "sequence_frames",
     "trace",
     "training_curves",
 ]

@@ -21,8 +21,8 @@ LEVELS = 64
 def gif(pictures: Iterable[Array], sample: Sequence[Array], milliseconds: int) -> bytes:
     """A GIF that repeats for ever.
 
-    Channels are rounded to 64 levels. All pictures have the same 256 colours, and none is dithered: what does not change
-    stays the same, and takes no space.
+    Channels are rounded to 64 levels. All pictures have the same 256 colours, and none is dithered: what does not
+    change stays the same, and takes no space.
 
     Args:
         pictures: RGB, (height, width, 3) uint8, all of one size.

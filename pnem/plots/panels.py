@@ -53,7 +53,10 @@ class Layout(NamedTuple):
 
 
 def panels(steps: Steps) -> tuple[Figure, Callable[[int], None]]:
-    """The figure of an animation, and what draws a step into it: above what it saw and expected, below each component."""
+    """The figure of an animation, and what draws a step into it: above what it saw and expected, below the components.
+
+    It shows the first step.
+    """
     layout = Layout.of(*steps.grid, len(steps.colours))
     (width, height), (total, bottom) = layout.cell, layout.size
     figure = NotebookFigure(figsize=(total / STYLE["figure.dpi"], bottom / STYLE["figure.dpi"]))
@@ -82,7 +85,9 @@ def panels(steps: Steps) -> tuple[Figure, Callable[[int], None]]:
         line(x, y - FRAME - 6).set_text(f"component {k}")
         corner = x - width / 2 - FRAME, y - FRAME
         axes.add_patch(
-            Rectangle(corner, width + 2 * FRAME, height + 2 * FRAME, facecolor=steps.colours[k], edgecolor="none", zorder=-1)
+            Rectangle(
+                corner, width + 2 * FRAME, height + 2 * FRAME, facecolor=steps.colours[k], edgecolor="none", zorder=-1
+            )
         )
     axes.set(xlim=(0, total), ylim=(bottom, 0))
 

@@ -83,7 +83,9 @@ class Steps:
         states: list[Posterior | State] = [posterior]
         if rolled is not None:
             if not self.ahead:
-                raise DataError(f"{T} steps on {T} frames denoise them, and only predictions roll out: leave rolled out")
+                raise DataError(
+                    f"{T} steps on {T} frames denoise them, and only predictions roll out: leave rolled out"
+                )
             _check_steps(rolled.mean, frames, "rolled.mean", (len(rolled.mean),), "n")
             states.append(rolled)
         known = [frames]
@@ -130,7 +132,8 @@ class Steps:
     def title(self, s: int) -> str:
         """What step s is, in words."""
         if self.is_rollout(s):
-            return f"rollout, step {s - self.given + 1} of {len(self) - self.given}: nothing seen after frame {self.given + 1}"
+            number, count = s - self.given + 1, len(self) - self.given
+            return f"rollout, step {number} of {count}: nothing seen after frame {self.given + 1}"
         return f"{'next-frame prediction' if self.ahead else 'denoising'}, step {s + 1} of {self.given}"
 
     def describe(self) -> str:
