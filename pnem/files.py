@@ -1,5 +1,6 @@
 """Writing files so that an interruption or a full disk leaves what was there before."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -35,5 +36,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        # Where a folder on the way is a file, there is nothing to take away.
+        with contextlib.suppress(NotADirectoryError):
+            temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before is unchanged") from error
