@@ -1,4 +1,4 @@
-"""The command line: ``pnem data``, ``train``, ``evaluate``, ``infer``, ``diagnose``, ``compare``, ``em``, ``demo``."""
+"""The command line: ``pnem train``, ``evaluate``, ``infer``, ``diagnose``, ``animate``, ``compare`` and the others."""
 
 import errno
 import json
@@ -12,6 +12,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from pnem import __version__
+from pnem.animate_command import animate
 from pnem.compare_command import compare
 from pnem.data_command import data_app
 from pnem.diagnose_command import diagnose
@@ -290,6 +291,7 @@ def infer(
 
 
 app.command()(diagnose)
+app.command()(animate)
 app.command()(em)
 app.command()(compare)
 app.command()(generalise)

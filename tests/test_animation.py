@@ -157,8 +157,8 @@ class TestPanels:
         square = given._replace(x=given.x.unflatten(2, (5, 6)))
         assert_shows(square.animated().draw(3), "truth", given.x[4, 0])
 
-    @pytest.mark.parametrize("K", [1, 4, 5, 7, 10])
-    @pytest.mark.parametrize("shape", [(24, 24, 1), (28, 28, 1), (64, 64, 3), (24, 64, 1), (64, 24, 1)])
+    @pytest.mark.parametrize("K", [1, 3, 7, 10])
+    @pytest.mark.parametrize("shape", [(28, 28, 1), (64, 64, 3), (24, 64, 1), (64, 24, 1)])
     def test_nothing_is_cut_off_or_overlaps(self, K: int, shape: tuple[int, int, int]) -> None:
         given = made(2)
         H, W, C = shape
@@ -196,8 +196,8 @@ class TestPanels:
             ({"posterior": RNNEM(made().model).infer(made().x[0])}, "posterior.mean.*give sequences"),
             ({"image": 2}, "image must be integers from 0 to 1"),
             ({"image": -1}, "image must be"),
-            ({"frames_per_second": 0}, "frames_per_second must be above 0"),
-            ({"frames_per_second": 51}, "at most 50"),
+            ({"frames_per_second": 0}, "frames_per_second must be whole, and from 1 to 50"),
+            ({"frames_per_second": 2.5}, "frames_per_second must be"),
             ({"future": made().future}, "future is drawn beside a rollout"),
             ({"rolled": made().rolled, "future": torch.zeros(N, B + 1, 30, 1)}, "future has 3 sequences"),
             ({"rolled": made().rolled, "future": torch.zeros(N, B, 29, 1)}, "future has shape"),

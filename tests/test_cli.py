@@ -56,6 +56,7 @@ def test_version_and_help():
         ["evaluate"],
         ["infer"],
         ["diagnose"],
+        ["animate"],
         ["compare"],
         ["demo"],
     ):

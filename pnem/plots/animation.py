@@ -44,7 +44,7 @@ def animation(
     image: int = 0,
     rolled: "State | None" = None,
     future: Tensor | None = None,
-    frames_per_second: float = 4,
+    frames_per_second: int = 4,
 ) -> "Animation":
     """A sequence as a strategy goes through it, step by step.
 
@@ -64,13 +64,13 @@ def animation(
         image: which of the B sequences.
         rolled: what `Strategy.rollout` predicts after the last frame of x.
         future: the frames that in truth follow, (n, B, D, C) or (n, B, H, W, C), as many as are known.
-        frames_per_second: steps per second, at most 50.
+        frames_per_second: steps per second, from 1 to 50.
 
     Raises:
         DataError: these do not fit together, there is no such sequence, or frames_per_second is out of range.
     """
-    if not 0 < frames_per_second <= 50:
-        raise DataError(f"frames_per_second must be above 0 and at most 50, but is {frames_per_second}")
+    if not isinstance(frames_per_second, int) or not 1 <= frames_per_second <= 50:
+        raise DataError(f"frames_per_second must be whole, and from 1 to 50, but is {frames_per_second}")
     steps = Steps(x, posterior, image_shape, model, image=image, rolled=rolled, future=future)
     figure, draw = panels(steps)
     return Animation(figure, draw, len(steps), frames_per_second, steps.describe())
@@ -84,7 +84,7 @@ class Animation:
     """
 
     def __init__(
-        self, figure: Figure, draw: Callable[[int], None], num_steps: int, frames_per_second: float, description: str
+        self, figure: Figure, draw: Callable[[int], None], num_steps: int, frames_per_second: int, description: str
     ):
         self.figure = figure
         self.frames_per_second = frames_per_second
@@ -131,9 +131,9 @@ class Animation:
         return f'<img src="data:image/gif;base64,{data}" alt="{self.description}" style="max-width: 100%">'
 
     def _gif(self, dpi: float | None, progress: bool) -> bytes:
-        pictures = (self._rendered(step, dpi) for step in self._in_turn(progress))
-        sample = [self._rendered(step, dpi) for step in range(0, len(self), -(-len(self) // SAMPLE))]
-        return gif(pictures, sample, round(1000 / self.frames_per_second))
+        sample = {step: self._rendered(step, dpi) for step in range(0, len(self), -(-len(self) // SAMPLE))}
+        pictures = (sample[step] if step in sample else self._rendered(step, dpi) for step in self._in_turn(progress))
+        return gif(pictures, [*sample.values()], round(1000 / self.frames_per_second))
 
     def _mp4(self, dpi: float | None, progress: bool) -> bytes:
         writer = FFMpegWriter(fps=self.frames_per_second, codec="h264")

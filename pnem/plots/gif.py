@@ -16,6 +16,7 @@ Array = NDArray[Any]
 KEPT = 64
 # Of each channel: finer differences are not seen, and noise of that size would make the file several times larger.
 LEVELS = 64
+STEP = 255 / (LEVELS - 1)
 
 
 def gif(pictures: Iterable[Array], sample: Sequence[Array], milliseconds: int) -> bytes:
@@ -34,33 +35,38 @@ def gif(pictures: Iterable[Array], sample: Sequence[Array], milliseconds: int) -
     >>> Image.open(BytesIO(gif(stripes, stripes, 250))).n_frames
     2
     """
-    colours = _colours(Image.fromarray(_rounded(np.concatenate(sample))))
-    first, *others = (_in_these(colours, _rounded(picture)) for picture in pictures)
+    colours = _colours(Image.fromarray(np.rint(_levels(np.concatenate(sample)) * STEP).astype(np.uint8)))
+    first, *others = (_in_these(colours, picture) for picture in pictures)
     buffer = BytesIO()
     first.save(buffer, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0, optimize=True)
     return buffer.getvalue()
 
 
-def _rounded(picture: Array) -> Array:
-    step = 255 / (LEVELS - 1)
-    return np.rint(np.rint(np.arange(256) / step) * step).astype(np.uint8)[picture]
+def _levels(picture: Array) -> Array:
+    """The level of each channel."""
+    return np.rint(np.arange(256) / STEP).astype(np.int32)[picture]
 
 
 def _colours(image: Image.Image) -> Array:
-    """The most common colours of an image, and of the others what median cuts find: (at most 256, 3)."""
+    """The most common colours of an image, and of the others what median cuts find: (at most 256, 3) uint8."""
     counts = image.getcolors(image.width * image.height)
     assert counts is not None
     common = [colour for _, colour in sorted(counts, reverse=True)[:KEPT]]
     cut = image.quantize(256 - len(common), method=Image.Quantize.MEDIANCUT).getpalette()
-    return np.concatenate([np.array(common), np.reshape(cut, (-1, 3))])
+    assert cut is not None
+    return np.concatenate([np.array(common), np.reshape(cut, (-1, 3))]).astype(np.uint8)
 
 
 def _in_these(colours: Array, picture: Array) -> Image.Image:
     """A picture with each of its colours replaced by the nearest of `colours`."""
-    # Not by Image.quantize, which rounds colours first, so that white would become grey.
-    codes, where = np.unique(picture.reshape(-1, 3).astype(np.int32) @ (1 << 16, 1 << 8, 1), return_inverse=True)
-    found = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], -1).astype(np.float32)
-    nearest = (np.square(colours).sum(-1) - 2 * found @ colours.T.astype(np.float32)).argmin(-1)
-    image = Image.fromarray(nearest.astype(np.uint8)[where].reshape(picture.shape[:2]))
-    image.putpalette(colours.astype(np.uint8).tobytes())
+    # Not by Image.quantize, which is so coarse that white would become grey.
+    codes = _levels(picture) @ np.array([LEVELS**2, LEVELS, 1], dtype=np.int32)
+    found = np.flatnonzero(np.bincount(codes.ravel()))
+    levels = np.stack(np.unravel_index(found, (LEVELS,) * 3), -1)
+    table = colours.astype(np.float32)
+    nearest = (np.square(table).sum(-1) - 2 * (levels * STEP).astype(np.float32) @ table.T).argmin(-1)
+    place = np.zeros(found[-1] + 1, dtype=np.uint8)
+    place[found] = nearest
+    image = Image.fromarray(place[codes])
+    image.putpalette(colours.tobytes())
     return image

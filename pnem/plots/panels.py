@@ -39,7 +39,7 @@ class Layout(NamedTuple):
         lines = -(-K // ACROSS)
         across = -(-K // lines)
         total = max(4, across) * pitch + GAP
-        top = GAP + 3 * LINE + GAP
+        top: float = GAP + 3 * LINE + GAP
 
         def row(count: int, y: float) -> list[tuple[float, float]]:
             left = (total - count * pitch) / 2
@@ -57,7 +57,8 @@ def panels(steps: Steps) -> tuple[Figure, Callable[[int], None]]:
 
     It shows the first step.
     """
-    layout = Layout.of(*steps.grid, len(steps.colours))
+    H, W = steps.grid
+    layout = Layout.of(H, W, len(steps.colours))
     (width, height), (total, bottom) = layout.cell, layout.size
     figure = NotebookFigure(figsize=(total / STYLE["figure.dpi"], bottom / STYLE["figure.dpi"]))
     axes = figure.add_axes((0, 0, 1, 1))
@@ -65,7 +66,7 @@ def panels(steps: Steps) -> tuple[Figure, Callable[[int], None]]:
 
     def panel(label: str, x: float, y: float) -> AxesImage:
         return axes.imshow(
-            np.ones((*steps.grid, 3)),
+            np.ones((H, W, 3)),
             extent=(x - width / 2, x + width / 2, y + height, y),
             interpolation="nearest",
             aspect="auto",
@@ -95,7 +96,7 @@ def panels(steps: Steps) -> tuple[Figure, Callable[[int], None]]:
         step = steps[s]
         title.set_text(steps.title(s))
         shown = {"seen": step.seen, "prediction": step.prediction, "γ": step.gamma}
-        shown["truth"] = np.full((*steps.grid, 3), UNKNOWN) if step.truth is None else step.truth
+        shown["truth"] = np.full((H, W, 3), UNKNOWN) if step.truth is None else step.truth
         shown |= {f"component {k}": picture for k, picture in enumerate(step.components)}
         for name, picture in shown.items():
             images[name].set_data(picture)

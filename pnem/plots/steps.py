@@ -73,8 +73,9 @@ class Steps:
         rolled: "State | None",
         future: Tensor | None,
     ):
-        self.grid, self.channels = tuple(image_shape[:2]), image_shape[-1]
         frames = _frames(x, image_shape, "x")
+        H, W, self.channels = image_shape
+        self.grid = H, W
         T, B = frames.shape[:2]
         _check_steps(posterior.mean, frames, "posterior.mean", (T - 1, T), "T - 1 or T")
         (index,) = indices([image], 0, B - 1, "image")
