@@ -170,7 +170,8 @@ class TestPanels:
             torch.zeros(111, B, H * W, C), posterior, shape, model=given.model, rolled=state.map(lambda v: v[110:])
         )
         figure = film.draw(115)
-        width, height = figure.get_size_inches() * figure.dpi
+        width, height = np.rint(figure.get_size_inches() * figure.dpi)
+        assert (width % 2, height % 2) == (0, 0)
         for a, b in itertools.combinations(boxes(figure), 2):
             assert not a.overlaps(b)
         for box in [*boxes(figure), *(patch.get_window_extent() for patch in figure.axes[0].patches)]:
@@ -299,8 +300,11 @@ class TestGif:
 
     @pytest.mark.skipif(not FFMpegWriter.isAvailable(), reason="needs ffmpeg")
     def test_an_mp4_is_written_by_ffmpeg(self, tmp_path: Any) -> None:
-        made().animated().save(tmp_path / "a.mp4")
+        film = made().animated()
+        before = film._gif(None, False)
+        film.save(tmp_path / "a.mp4", dpi=97)
         assert (tmp_path / "a.mp4").read_bytes()[4:8] == b"ftyp"
+        assert film._gif(None, False) == before
         assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
     def test_an_ffmpeg_that_fails_leaves_nothing(self, tmp_path: Any) -> None:

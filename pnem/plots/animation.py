@@ -137,6 +137,7 @@ class Animation:
 
     def _mp4(self, dpi: float | None, progress: bool) -> bytes:
         writer = FFMpegWriter(fps=self.frames_per_second, codec="h264")
+        size = self.figure.get_size_inches()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "animation.mp4"
             try:
@@ -146,6 +147,9 @@ class Animation:
                         writer.grab_frame()
             except (subprocess.CalledProcessError, OSError) as error:
                 raise DataError(f"ffmpeg failed ({error}): write a .gif, or see whether ffmpeg has libx264") from error
+            finally:
+                # At another dpi the writer may have made the numbers of pixels even.
+                self.figure.set_size_inches(*size)
             return path.read_bytes()
 
     def _in_turn(self, progress: bool) -> Iterable[int]:

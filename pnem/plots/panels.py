@@ -1,5 +1,6 @@
 """The panels of an animation: where they are, and how they change from step to step."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,7 +50,9 @@ class Layout(NamedTuple):
         for line in range(lines):
             top += height + GAP + LINE + (GAP / 2 if line == 0 else 0)
             components += row(min(across, K - line * across), top)
-        return cls((width, height), (total, top + height + GAP), above, components)
+        # Even numbers of pixels, which MP4 needs.
+        size = 2 * math.ceil(total / 2), 2 * math.ceil((top + height + GAP) / 2)
+        return cls((width, height), size, above, components)
 
 
 def panels(steps: Steps) -> tuple[Figure, Callable[[int], None]]:
