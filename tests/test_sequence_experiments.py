@@ -1,0 +1,34 @@
+"""The experiments that the README quotes, in a version of a minute; their numbers are measured elsewhere."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+SCRIPT = str(Path(__file__).parent / "benchmarks" / "sequences.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("experiment", "names"),
+    [
+        ("autoencoder", ["RNN-EM, K = objects", "recurrent autoencoder, K = 1"]),
+        ("mnist", ["mnist-20", "mnist-500", "mnist-all"]),
+        ("balls", ["RNN-EM", "R-NEM"]),
+    ],
+)
+def test_an_experiment_runs_and_goes_on_where_it_was(experiment, names, tmp_path, capsys):
+    main = runpy.run_path(SCRIPT)["main"]
+    command = [experiment, "--small", "--epochs", "1", "--out", str(tmp_path), "--threads", "1", "--device", "cpu"]
+    command += ["--objects", "3"] if experiment == "autoencoder" else []
+    assert main(command) == 0
+    found = json.loads((tmp_path / f"{experiment}.json").read_text())
+    assert list(found) == names
+    assert "training" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "training" not in capsys.readouterr().out
+    assert json.loads((tmp_path / f"{experiment}.json").read_text()) == found
+    if experiment == "mnist":
+        begun = json.loads((tmp_path / "mnist-all" / "settings.json").read_text())["training"]["start_from"]
+        assert Path(begun).name == "mnist-500"
