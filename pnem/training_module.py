@@ -149,7 +149,8 @@ class TrainingModule(lightning.LightningModule):
         self._valid.append(torch.stack([outcome.loss, outcome.elbo]) * images)
         # Frames of sequences are as many images.
         shown = states if self.strategy.is_sequential else states[-1:]
-        state = State.combine(torch.cat, shown)
+        # (A state of its own, for combining leaves out a q(θ) that is no normal.)
+        state = State.combine(torch.cat, shown) if len(shown) > 1 else shown[0]
         terms = terms_at(self.strategy, state)
         self._terms.append(torch.stack([getattr(terms, name).sum() / len(shown) for name in TERMS]))
         if self._valid_images < WATCHED:

@@ -12,7 +12,7 @@ import pnem
 from pnem.callbacks import CollapseWatch
 from pnem.data import ImageDataset
 from pnem.diagnostics import CollapseWarning, collapse, terms_at
-from pnem.inference import RNNEM, VAE, encoders
+from pnem.inference import ELBO, RNNEM, VAE, IterativeVI, PyroGuide, encoders
 from pnem.models import Bernoulli, Normal, SpatialMixture, decoders
 from pnem.run_directory import HISTORY, TERMS
 
@@ -63,6 +63,25 @@ def test_the_terms_of_a_variational_training_add_up_both_ways():
     pd.testing.assert_series_equal(penalised, history.valid_elbo, rtol=1e-10, check_names=False)
     assert (history.valid_divergence > 0).all()
     assert (history.valid_assignment_entropy > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("frames", "strategy_of"),
+    [
+        (1, lambda model: PyroGuide(model, "AutoMultivariateNormal", steps=3)),
+        (5, lambda model: RNNEM(model, iterations=4, task="prediction")),
+        (5, lambda model: IterativeVI(model, iterations=4, hidden=6, task="prediction")),
+    ],
+)
+def test_the_terms_of_joint_guides_and_of_sequences_add_up(frames, strategy_of):
+    torch.manual_seed(0)
+    model = SpatialMixture(decoders.Linear(2, (3, 4, 1)), Bernoulli(), 2, prior="standard_normal", pixel_prior=0.0)
+    features = (torch.rand(frames, 16, 3, 4, 1) < 0.5).float()
+    data = {name: ImageDataset(features) for name in ("training", "validation")}
+    options = {"epochs": 1, "batch_size": 8, "device": "cpu", "progress": False, "precision": "float64"}
+    row = pnem.fit(model, strategy_of(model), data, **options, objective=ELBO("all")).history.iloc[0]
+    assert row[FREE_ENERGY].sum() == pytest.approx(row.valid_elbo, rel=1e-10)
+    assert row.valid_reconstruction - row.valid_divergence == pytest.approx(row.valid_elbo, rel=1e-10)
 
 
 def test_another_e_step_leaves_its_own_divergence_between_the_two_forms():
