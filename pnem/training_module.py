@@ -85,15 +85,15 @@ class TrainingModule(lightning.LightningModule):
         state, x_in = self.strategy.start(x)
         truncation, sequential = self.training_settings.truncation, self.strategy.is_sequential
         pairs = self.strategy.frames(x_in, x)
+        weights = self.objective.step_weights(len(pairs))
         window, total = x.new_zeros(()), x.new_zeros(())
         elbos: list[Tensor] = []
         with warnings.catch_warnings():
             # The compiler looks at the gradients of its inputs, which within an unroll have none to keep.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
-            for t, (weight, (seen, target)) in enumerate(
-                zip(self.objective.step_weights(len(pairs)), pairs, strict=True)
-            ):
-                if truncation is not None and t and t % truncation == 0:
+            for t, (weight, (seen, target)) in enumerate(zip(weights, pairs, strict=True)):
+                # What is left may have no weight, and then no gradient for the caller to go back through.
+                if truncation is not None and t and t % truncation == 0 and any(weights[t:]):
                     state = state.map(Tensor.detach)
                     if window.requires_grad:
                         window.backward()

@@ -267,6 +267,18 @@ class TestTraining:
         for a, b in zip(ours, gradients(), strict=True):
             torch.testing.assert_close(a, b)
 
+    @pytest.mark.usefixtures("float64")
+    def test_truncated_gradients_where_the_last_frames_have_no_weight(self):
+        model, strategy = _pair()
+        x, gradients = sequences(5, 3), []
+        for truncation, weights in ((2, (1.0, 1.0, 0.0, 0.0)), (None, (1.0, 1.0, 0.0, 0.0))):
+            module = TrainingModule(model, strategy, ELBO(weights), TrainingSettings(truncation=truncation), 1)
+            module.zero_grad()
+            torch.manual_seed(7)
+            module.stepwise_outcome(x).loss.backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
+        torch.testing.assert_close(*gradients)
+
     def test_fit_truncated_over_all_frames_is_fit_and_over_fewer_is_not(self):
         found = {}
         for truncation in (None, 4, 2):
