@@ -76,6 +76,11 @@ class FilteringStrategy(Strategy):
         first = self.steps_ahead
         return list(x[first : first + steps])
 
+    def log_mixing_prior(self, state: State) -> Tensor | float:
+        """As `Strategy.log_mixing_prior`; of sequences also shared among the frames of training, for π is theirs."""
+        prior = super().log_mixing_prior(state)
+        return prior / self.iterations if self.is_sequential else prior
+
     def check_sequence(self, x: Tensor, steps: int = 1) -> None:
         """Raises `StrategyError` unless `x` is (T, B, D, C) with frames enough for so many steps."""
         if not isinstance(x, Tensor):

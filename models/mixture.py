@@ -270,9 +270,9 @@ class SpatialMixture(Configured, nn.Module):
                 f"x has shape {tuple(x.shape)}, but this model needs (B, {'D' if D is None else f'D={D}'}, C={C})"
                 + ("" if D is None else f": images of {H}×{W} pixels, flattened row by row")
             )
-        if not new and self.mixing_logits.dim() == 2 and len(self.mixing_logits) != x.shape[0]:
+        if not new and self.mixing_logits.dim() == 2 and len(self.mixing_logits) != x.shape[-3]:
             raise ModelError(
-                f"x holds {x.shape[0]} images, but this model's mixing weights were fitted to "
+                f"x holds {x.shape[-3]} images, but this model's mixing weights were fitted to "
                 f"{len(self.mixing_logits)}, one set for each: give those, or declare a new model"
             )
         if missing and not bool(x.isinf().any()):

@@ -49,6 +49,23 @@ class TestModel:
         expected = sum(model.log_evidence(x[t], theta[t]).sum().item() for t in range(3))
         assert stock == pytest.approx(expected, rel=1e-12)
 
+    def test_mixing_weights_per_image_are_those_of_sequences(self):
+        model = mixture(mixing="per_image")
+        model.set_log_mixing(torch.randn(2, 3).log_softmax(-1))
+        model.check(sequences(3, 2))
+        with pytest.raises(ModelError, match="x holds 3 images"):
+            model.check(sequences(2, 3))
+
+    @pytest.mark.usefixtures("float64")
+    def test_a_prior_on_mixing_weights_counts_once_for_all_frames(self):
+        model = mixture(mixing="learned", mixing_concentration=3.0)
+        strategy, x = RNNEM(model, iterations=4, task="prediction"), sequences(5, 3)
+        torch.manual_seed(1)
+        loss = ELBO("all")(strategy, strategy.unroll(x), x).loss
+        torch.manual_seed(1)
+        stock = TraceEnum_ELBO(max_plate_nesting=3).loss(model, strategy, x, given=1)
+        assert loss.item() * 4 * 3 == pytest.approx(stock, rel=1e-12)
+
     def test_generates_sequences(self):
         model = mixture()
         trace = poutine.trace(model).get_trace(num_images=2, num_frames=4)
