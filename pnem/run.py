@@ -125,17 +125,24 @@ class Run:
 
         Args:
             posterior: ``run.infer(x)``.
-            x: the sequences, or their end.
+            x: the sequences, or their end: the last frame is the one that the posterior's last step was scored on.
             frames: how many to predict.
             memory_limit: bytes that the result may take.
 
         Raises:
-            StrategyError: as `pnem.inference.FilteringStrategy.rollout`; or the posterior has no state to go on from.
+            StrategyError: as `pnem.inference.FilteringStrategy.rollout`; the posterior has no state to go on from; or
+                `x` has more frames than the posterior is of.
         """
         strategy = self._require_filtering("a rollout")
         if posterior.state is None:
             raise StrategyError("this posterior has no state to go on from: give what run.infer(x) found in sequences")
-        return strategy.rollout(posterior.state, self.images(x)[-1], frames, memory_limit=memory_limit)
+        images, seen = self.images(x), len(posterior.theta) + strategy.steps_ahead
+        if len(images) > seen:
+            raise StrategyError(
+                f"x has {len(images)} frames, but this posterior's steps end at frame {seen}, after which the rollout "
+                f"begins: give x[:{seen}], or infer all of x"
+            )
+        return strategy.rollout(posterior.state, images[-1], frames, memory_limit=memory_limit)
 
     def _require_filtering(self, what: str) -> FilteringStrategy:
         if not (isinstance(self.strategy, FilteringStrategy) and self.strategy.is_sequential):

@@ -236,6 +236,11 @@ class TestRollout:
         assert torch.equal(rolled.theta, run.strategy.rollout(posterior.state, x[-1], 2).theta)
         with pytest.raises(StrategyError, match="no state to go on from"):
             run.rollout(posterior._replace(state=None), x, 2)
+        short = run.infer(x, iterations=2)
+        with pytest.raises(StrategyError, match=r"x has 5 frames, but this posterior's steps end at frame 3,.*x\[:3\]"):
+            run.rollout(short, x, 2)
+        rolled = run.rollout(short, x[:3], 2)
+        assert torch.equal(rolled.theta, run.rollout(short, x[2:3], 2).theta)
 
     def test_refuses_more_than_fits_the_memory_and_other_tasks(self):
         strategy, x = predictor(), sequences(5, 2)
