@@ -59,9 +59,9 @@ def concatenated(parts: Sequence[dist.TorchDistribution]) -> dist.TorchDistribut
     torch.Size([5, 4, 2])
     """
     if all(isinstance(part, dist.Delta) for part in parts):
-        return dist.Delta(torch.cat([part.v for part in parts]), event_dim=2)
+        return dist.Delta(torch.cat([part.v for part in parts], -3), event_dim=2)
     if all(isinstance(part, dist.Independent) and isinstance(part.base_dist, dist.Normal) for part in parts):
-        means, deviations = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "stddev"))
+        means, deviations = (torch.cat([getattr(part, name) for part in parts], -3) for name in ("mean", "stddev"))
         return dist.Normal(means, deviations, validate_args=False).to_event(2)
     return Concatenated(parts)
 

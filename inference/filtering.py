@@ -108,7 +108,8 @@ class FilteringStrategy(Strategy):
                 that `state` was scored on.
 
         Raises:
-            StrategyError: a task without sequences, frames of different shapes, or too few of them.
+            StrategyError: a task without sequences, frames of different shapes, too few of them, or a state of other
+                sequences.
             ModelError: a frame does not fit the model.
         """
         if not self.is_sequential:
@@ -119,6 +120,8 @@ class FilteringStrategy(Strategy):
         steps = pairwise(checked) if self.steps_ahead else ((frame, frame) for frame in checked)
         taken = 0
         for seen, target in steps:
+            if state is not None and not taken:
+                self._check_state(state, seen)
             with torch.no_grad():
                 state = self.step(self.init(seen) if state is None else state, seen, target)
             taken += 1
@@ -138,6 +141,14 @@ class FilteringStrategy(Strategy):
                 )
             require_images(self.model, frame)
             yield frame
+
+    def _check_state(self, state: State, x: Tensor) -> None:
+        expected = len(x), self.model.num_components, self.model.latent_features
+        if state.theta.shape != expected:
+            raise StrategyError(
+                f"the state to go on from has theta of shape {tuple(state.theta.shape)}, but these frames and this "
+                f"model need (B, K, M) = {expected}: give the last state of the same sequences"
+            )
 
     def infer(
         self,
@@ -166,7 +177,7 @@ class FilteringStrategy(Strategy):
         Raises:
             ModelError: `x` does not fit the model.
             StrategyError: images where sequences are needed, or the reverse; too few frames; restarts or iterations
-                < 1; restarts > 1 from a given start.
+                < 1; restarts > 1 from a given start; a state of other sequences.
         """
         if not self.is_sequential:
             if state is not None:
@@ -214,7 +225,8 @@ class FilteringStrategy(Strategy):
             The states, every field with a leading axis of `frames`.
 
         Raises:
-            StrategyError: another task than prediction, frames < 1, or a rollout longer than fits the memory.
+            StrategyError: another task than prediction, frames < 1, a rollout longer than fits the memory, or a state
+                of other sequences than `x` is of.
         """
         if self.task != "prediction":
             raise StrategyError(
@@ -223,6 +235,9 @@ class FilteringStrategy(Strategy):
             )
         if not isinstance(frames, int) or frames < 1:
             raise StrategyError(f"frames must be at least 1, and whole, but is {frames}")
+        self.model.check(x)
+        require_images(self.model, x)
+        self._check_state(state, x)
         each = sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor))
         if frames * each > memory_limit:
             raise StrategyError(
@@ -230,7 +245,6 @@ class FilteringStrategy(Strategy):
                 f"{memory_limit / 2**20:.0f} MiB: ask for at most {memory_limit // each} frames at a time, going on "
                 "from the last, for fewer sequences, or raise memory_limit"
             )
-        self.model.check(x)
         rolled = []
         with torch.no_grad():
             for _ in range(frames):

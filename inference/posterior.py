@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pnem.inference.distributions import concatenated
+from pnem.inference.errors import StrategyError
 
 __all__ = ["Posterior", "State", "extended"]
 
@@ -115,10 +116,20 @@ class Posterior(NamedTuple):
 
     @classmethod
     def concatenate(cls, posteriors: Sequence["Posterior"]) -> "Posterior":
-        """One posterior over the images of several, in their order.
+        """One posterior over the images, or the sequences, of several, in their order.
 
         Of those that took fewer iterations the last one is repeated. The trace is kept where all have one.
+
+        Raises:
+            StrategyError: posteriors of images and of sequences, or of sequences of different numbers of steps.
         """
+        steps = {tuple(p.log_evidence.shape[:-1]) for p in posteriors}
+        if len(steps) > 1:
+            raise StrategyError(
+                f"posteriors of images, or of sequences of equally many steps, go together, but these have "
+                f"log_evidence of shapes {', '.join(str(tuple(p.log_evidence.shape)) for p in posteriors)}: infer with "
+                "the same iterations"
+            )
         T = max(len(p.elbo_trace) for p in posteriors)
 
         def joined(values: Sequence[Tensor]) -> Tensor:
@@ -127,11 +138,14 @@ class Posterior(NamedTuple):
         traces = [p.trace for p in posteriors if p.trace is not None]
         trace = State.combine(joined, traces) if len(traces) == len(posteriors) else None
         theta, psi, mean, gamma, log_evidence, log_mixing = (
-            torch.cat(values) for values in zip(*(p[:6] for p in posteriors), strict=True)
+            torch.cat(values, posteriors[0].log_evidence.dim() - 1)
+            for values in zip(*(p[:6] for p in posteriors), strict=True)
         )
         elbo_trace = joined([p.elbo_trace for p in posteriors])
         q = concatenated([p.q for p in posteriors])
-        return cls(theta, psi, mean, gamma, log_evidence, log_mixing, elbo_trace, trace, q)
+        last = [p.state for p in posteriors if p.state is not None]
+        state = State.combine(torch.cat, last) if len(last) == len(posteriors) else None
+        return cls(theta, psi, mean, gamma, log_evidence, log_mixing, elbo_trace, trace, q, state)
 
 
 def extended(values: Tensor, length: int) -> Tensor:

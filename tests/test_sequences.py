@@ -15,7 +15,7 @@ from torch import Tensor
 import pnem
 from pnem.data import ImageDataset
 from pnem.errors import DataError, ModelError, RunError, StrategyError
-from pnem.inference import ELBO, NEM, RNNEM, VAE, BitFlip, SemiAmortised
+from pnem.inference import ELBO, NEM, RNNEM, VAE, BitFlip, IterativeVI, Posterior, SemiAmortised
 from pnem.models import Bernoulli, Normal, SpatialMixture, decoders
 from pnem.settings import TrainingSettings
 from pnem.training_module import TrainingModule
@@ -198,6 +198,33 @@ class TestInfer:
             strategy.infer(x, state=state, gamma=torch.ones(2, 3, 12))
         with pytest.raises(StrategyError, match="given start"):
             strategy.infer(x, state=state, restarts=2)
+
+    def test_a_state_of_other_sequences_is_refused(self):
+        strategy, x = predictor(), sequences(4, 2)
+        state = strategy.infer(x).state
+        for other in (strategy.infer(x[:, :1]).state, predictor(5).infer(x).state, strategy.infer(x)):
+            with pytest.raises(StrategyError, match="give the last state of the same sequences"):
+                strategy.infer(x, state=other)
+            with pytest.raises(StrategyError, match="give the last state of the same sequences"):
+                strategy.rollout(other, x[-1], 2)
+        with pytest.raises(StrategyError, match=r"computes in torch\.float32"):
+            strategy.rollout(state, x[-1].double(), 2)
+        with pytest.raises(StrategyError, match=r"images are \(B, D, C\)"):
+            strategy.rollout(state, x, 2)
+
+    @pytest.mark.parametrize("strategy_class", [RNNEM, IterativeVI])
+    def test_posteriors_of_several_batches_go_together(self, strategy_class):
+        strategy = strategy_class(mixture(prior="standard_normal"), iterations=4, task="prediction")
+        x = sequences(5, 3)
+        parts = [strategy.infer(x[:, :2]), strategy.infer(x[:, 2:])]
+        whole = Posterior.concatenate(parts)
+        for name in ("theta", "psi", "mean", "gamma", "log_evidence", "log_mixing", "elbo_trace"):
+            assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts], 1)), name
+        assert torch.equal(whole.q.mean, whole.theta)
+        assert torch.equal(whole.state.theta, torch.cat([part.state.theta for part in parts]))
+        assert strategy.infer(x, state=whole.state).theta.shape == (4, 3, 3, 5)
+        with pytest.raises(StrategyError, match=r"\(4, 2\), \(3, 1\)"):
+            Posterior.concatenate([parts[0], strategy.infer(x[1:, 2:])])
 
 
 class TestRollout:
