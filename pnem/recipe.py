@@ -9,7 +9,7 @@ from pnem.models import SpatialMixture
 
 __all__ = ["BEST", "GREFF2017", "Parts", "Preset"]
 
-BEST: Mapping[str, Any] = {
+BEST: dict[str, Any] = {
     "batch_size": 64,
     "schedule": "cosine",
     "warmup_steps": 100,
@@ -17,7 +17,7 @@ BEST: Mapping[str, Any] = {
     "valid_limit": 2_000,
 }
 """How pnem's own presets train, but for what each of them changes."""
-GREFF2017: Mapping[str, Any] = {"epochs": 500, "batch_size": 64, "learning_rate": 1e-3, "patience": 10}
+GREFF2017: dict[str, Any] = {"epochs": 500, "batch_size": 64, "learning_rate": 1e-3, "patience": 10}
 """How the experiments of Greff et al. (2017) trained."""
 
 

@@ -42,8 +42,8 @@ class TrainingSettings:
         device: see `pnem.devices.resolve_device`.
         precision: ``"float32"``, ``"bfloat16"`` (autocast; log-probabilities stay in float32) or ``"float64"``.
         compile: whether to compile one iteration with its loss (``torch.compile``): a slow start, then faster steps.
-        truncation: of sequences, the frames over which gradients flow back: after so many the state is taken as given,
-            and what led to it is freed (truncated backpropagation through time); None for all of them.
+        truncation: the frames of sequences, or iterations on images, over which gradients flow back: after so many the
+            state is taken as given, and what led to it is freed (truncated backpropagation through time); None for all.
     """
 
     epochs: int = 20

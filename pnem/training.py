@@ -99,7 +99,7 @@ def fit(
     objective.step_weights(strategy.iterations)
     splits = open_splits(data, ("training", "validation"), strategy, steps=strategy.iterations)
     _check_enough(splits, training)
-    begun: dict[str, Any] = {} if start_from is None else {"start_from": _start_from(start_from, model, strategy)}
+    begun = {} if start_from is None else {"start_from": _name(start_from)}
     described = Settings.describe(model, strategy, objective, asdict(training) | begun, splits)
     with contextlib.ExitStack() as stack:
         if resume:
@@ -112,6 +112,8 @@ def fit(
         stack.enter_context(_quiet_lightning())
         stack.enter_context(forked_rng(device))
         try:
+            if start_from is not None and not resume:
+                _take_weights(start_from, model, strategy)
             history = _train(model, strategy, objective, splits, training, device, files, progress)
         except BaseException as error:
             kept = out is not None and (resume or not discard_unfinished(directory))
@@ -132,16 +134,21 @@ def _training_settings(given: Mapping[str, Any]) -> TrainingSettings:
         raise RunError(f"cannot train with these settings ({error}): choose from {known}") from error
 
 
-def _start_from(start: str | Path | Run, model: SpatialMixture, strategy: Strategy) -> str:
-    """Gives the model and the strategy the weights of a run; returns which."""
+def _name(start: str | Path | Run) -> str:
+    if isinstance(start, Run):
+        return "memory" if start.directory is None else str(start.directory)
+    return str(start)
+
+
+def _take_weights(start: str | Path | Run, model: SpatialMixture, strategy: Strategy) -> None:
+    """Gives the model and the strategy the weights of a run."""
     if not isinstance(start, Run):
         load_weights(model, strategy, weights_of(Path(start)))
-        return str(start)
+        return
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "weights.safetensors"
         save_weights(start.model, start.strategy, path)
         load_weights(model, strategy, path)
-    return "memory" if start.directory is None else str(start.directory)
 
 
 def _check_enough(splits: Splits, training: TrainingSettings) -> None:
