@@ -1,5 +1,6 @@
 """Predictions of a run as an HDF5 file."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,9 @@ def write_predictions(run: Run, data: str | Path, out: str | Path, *, split: str
             f"cannot write {out} ({error.strerror or error}): check that its folder has space left"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where the folder is a file, there is nothing to take away.
+        with contextlib.suppress(NotADirectoryError):
+            temporary.unlink(missing_ok=True)
     return count
 
 

@@ -127,6 +127,7 @@ def test_infer_writes_predictions_also_for_images_without_groups(run, tmp_path):
     np.testing.assert_allclose(gamma.sum(1), 1, rtol=1e-5)
     assert ((psi >= 0) & (psi <= 1)).all()
     assert "exists already" in call("infer", run, tmp_path / "x.h5", "--out", out, code=1)
+    assert "cannot write" in call("infer", run, tmp_path / "x.h5", "--out", out / "inside.h5", code=1)
 
 
 VAE_TRAINING = ["--strategy", "vae", "--epochs", "2", "--batch-size", "8", "--device", "cpu"]

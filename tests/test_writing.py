@@ -111,6 +111,12 @@ def test_a_missing_folder_is_named(path: Path) -> None:
         write_hdf5(path / "images.h5", {"training": (FEATURES, GROUPS)})
 
 
+def test_a_folder_that_is_a_file_is_named(path: Path) -> None:
+    path.write_text("a file")
+    with pytest.raises(DataError, match=r"cannot write .*Not a directory.*folder"):
+        write_hdf5(path / "images.h5", {"training": (FEATURES, GROUPS)})
+
+
 @pytest.mark.parametrize(
     ("splits", "message"),
     [

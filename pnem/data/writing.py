@@ -1,5 +1,6 @@
 """Writing HDF5 files in the layout of the N-EM authors (`pnem.data.hdf5` reads them)."""
 
+import contextlib
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -82,7 +83,9 @@ def write_hdf5(
         reason = error.strerror or error
         raise DataError(f"cannot write {path} ({reason}): check that its folder exists and has space left") from error
     finally:
-        partial.unlink(missing_ok=True)
+        # Where the folder is a file, there is nothing to take away.
+        with contextlib.suppress(NotADirectoryError):
+            partial.unlink(missing_ok=True)
 
 
 class SafeFile(io.FileIO):
