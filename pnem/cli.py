@@ -17,7 +17,7 @@ from pnem.compare_command import compare
 from pnem.data_command import data_app
 from pnem.diagnose_command import diagnose
 from pnem.em_command import em
-from pnem.errors import PnemError, RunError
+from pnem.errors import PnemError
 from pnem.generalise_command import generalise
 
 __all__ = ["app", "main"]
@@ -207,12 +207,12 @@ def evaluate(
 
     Example: `pnem evaluate runs/rnn-em shapes.h5 --limit 1000 --restarts 8`
     """
-    from pnem.files import write_atomically
+    from pnem.files import check_new, write_atomically
     from pnem.run import load
     from pnem.sequence_scores import SequenceScores
 
-    if json_file is not None and json_file.exists():
-        raise RunError(f"{json_file} exists already: choose another name")
+    if json_file is not None:
+        check_new(json_file)
     fitted = load(run, device=device)
     scores = (fitted if strategy is None else fitted.using(strategy)).evaluate(
         data,

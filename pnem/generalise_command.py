@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pnem.errors import RunError
+from pnem.files import check_new
 
 __all__ = ["generalise"]
 
@@ -32,8 +32,8 @@ def generalise(
     from pnem.generalisation import generalise as measure
     from pnem.run import load
 
-    if json_file is not None and json_file.exists():
-        raise RunError(f"{json_file} exists already: choose another name")
+    if json_file is not None:
+        check_new(json_file)
     found = measure(
         load(run, device=device),
         {str(path): path for path in data},

@@ -150,6 +150,9 @@ def test_the_command_prints_a_table_and_writes_json(directory, data, tmp_path):
     assert list(stored) == list(SequenceScores._fields)
     scores = pnem.load(directory).evaluate(data, rollout=2, limit=12)
     assert stored == json.loads(json.dumps(scores._asdict()))
+    inside = call("evaluate", directory, data, "--json", file / "inside.json", code=1)
+    assert "cannot write" in inside
+    assert "AMI" not in inside
     assert "a rollout of 9 frames take sequences of 12 frames" in call(
         "evaluate", directory, data, "--rollout", 9, code=1
     )

@@ -79,3 +79,7 @@ def test_one_command_prints_and_writes_the_table(tmp_path):
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 1
     assert "exists already" in again.output
+    inside = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "out.json" / "inside.json")])
+    assert inside.exit_code == 1
+    assert "cannot write" in inside.output
+    assert "AMI" not in inside.output
