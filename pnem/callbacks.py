@@ -133,8 +133,9 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:  # noqa: D102
         loss = pl_module.mean_train_loss()
         shown: dict[str, Any] = {} if loss is None else {"loss": f"{loss:.2f}"}
+        unit = "frame" if pl_module.strategy.is_sequential else "image"
         for name, title, form in (
-            ("valid_elbo", "validation ELBO", "{:.2f} nats/image"),
+            ("valid_elbo", "validation ELBO", f"{{:.2f}} nats/{unit}"),
             ("valid_ari", "ARI", "{:.3f}"),
         ):
             if name in trainer.callback_metrics:

@@ -338,6 +338,12 @@ class TestTraining:
         torch.testing.assert_close(found[4], found[None])
         assert not torch.allclose(found[2], found[None], atol=1e-6)
 
+    def test_the_progress_bar_counts_nats_per_frame(self, capsys):
+        pnem.fit(*_pair(), data(), epochs=1, batch_size=8, device="cpu", progress=True)
+        shown = capsys.readouterr()
+        assert "nats/frame" in shown.out + shown.err
+        assert "nats/image" not in shown.out + shown.err
+
     def test_the_autoencoder_is_one_component(self):
         strategy, x = predictor(1), sequences(5, 2)
         posterior = strategy.infer(x)
