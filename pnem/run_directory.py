@@ -106,7 +106,9 @@ def load_weights(model: SpatialMixture, strategy: Strategy, path: Path) -> None:
         try:
             module.load_state_dict(state)
         except RuntimeError as error:
-            raise RunError(f"the weights in {path} do not belong to this run's {part}: {error}") from error
+            # Its heading, and then a line for each kind of misfit.
+            reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+            raise RunError(f"the weights in {path} do not belong to this run's {part}: {reason}") from error
 
 
 def save_weights(model: SpatialMixture, strategy: Strategy, path: Path) -> None:
