@@ -230,7 +230,9 @@ def _open(path: str | os.PathLike[str]) -> h5py.File:
     try:
         return h5py.File(path, "r")
     except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist: give an HDF5 file, or write one with write_static_shapes") from error
+        raise DataError(f"{path} does not exist: give an HDF5 file, or write one with pnem data") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder: give an HDF5 file in it") from error
     except OSError as error:
         if os.path.isfile(path) and os.access(path, os.R_OK) and not h5py.is_hdf5(path):
             raise DataError(f"{path} is not an HDF5 file: give one in the N-EM layout, see write_hdf5") from error
