@@ -42,10 +42,11 @@ class Generalisation:
 
     def __rich__(self) -> Table:
         """AMI by data set and number of components, with standard errors."""
+        fewest, most = self.table["count"].min(), self.table["count"].max()
+        counts = f"{fewest}" if fewest == most else f"{fewest} to {most}"
         table = Table(
             title=f"AMI of {self.name}, trained with K = {self.trained_components}",
-            caption=f"of {self.table['count'].min()} to {self.table['count'].max()} of the {self.split} split, ± "
-            "standard error",
+            caption=f"of {counts} of the {self.split} split, ± standard error",
         )
         components = list(dict.fromkeys(self.table["components"]))
         table.add_column("data")

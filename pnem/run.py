@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pyro.distributions as dist
 import torch
+from rich import get_console
 from rich.progress import track
 from torch import Tensor
 
@@ -210,7 +211,9 @@ class Run:
         check_whole(batch_size, "batch_size")
         dataset = open_split(data, split, self.strategy, steps=iterations if self.strategy.is_sequential else None)
         loader = batches(dataset if limit is None else dataset.limited(limit), batch_size)
-        for i, batch in enumerate(track(loader, "inferring", disable=not progress, transient=True)):
+        # Elsewhere than on a terminal a bar would leave an empty line.
+        hidden = not (progress and get_console().is_terminal)
+        for i, batch in enumerate(track(loader, "inferring", disable=hidden, transient=True)):
             check_images(self.model, batch.x, f"split {split!r}")
             with forked_rng(self.device):
                 torch.manual_seed(seed * 1_000_003 + i)

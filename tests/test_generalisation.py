@@ -73,6 +73,8 @@ def test_one_command_prints_and_writes_the_table(tmp_path):
     assert result.exit_code == 0, result.output
     assert "trained with K = 3" in result.output
     assert "K = 5" in result.output
+    assert f"of {len(data)} of the test split" in result.output
+    assert not result.output.startswith("\n")
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     expected = generalise(run, {name: name for name in files}, [3, 5]).table
     assert [row["ami"] for row in rows] == pytest.approx(list(expected["ami"]))

@@ -14,6 +14,7 @@ from matplotlib.animation import FFMpegWriter
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
+from rich import get_console
 from rich.progress import track
 from torch import Tensor
 
@@ -153,7 +154,9 @@ class Animation:
             return path.read_bytes()
 
     def _in_turn(self, progress: bool) -> Iterable[int]:
-        return track(range(len(self)), "drawing", disable=not progress, transient=True)
+        # Elsewhere than on a terminal a bar would leave an empty line.
+        hidden = not (progress and get_console().is_terminal)
+        return track(range(len(self)), "drawing", disable=hidden, transient=True)
 
     def _rendered(self, step: int, dpi: float | None) -> NDArray[Any]:
         buffer = BytesIO()
