@@ -88,9 +88,9 @@ FitSeedOption = Annotated[
     int, typer.Option(help="Seed of parameters, shuffling, noise, initial γ and draws of θ.", min=0, max=2**32 - 1)
 ]
 SplitOption = Annotated[str, typer.Option(help="training, validation or test.")]
-LimitOption = Annotated[int | None, typer.Option(help="Use only the first so many images.")]
+LimitOption = Annotated[int | None, typer.Option(help="Use only the first so many images or sequences.")]
 RestartsOption = Annotated[
-    int, typer.Option(help="Starts per image; the one with the best ELBO is kept. (A vae has one.)")
+    int, typer.Option(help="Starts per image or sequence; the one with the best ELBO is kept. (A vae has one.)")
 ]
 InferWithOption = Annotated[
     str | None,
@@ -100,8 +100,13 @@ InferWithOption = Annotated[
         "auto-normal, auto-multivariate-normal, auto-laplace, auto-iaf-normal or nuts.",
     ),
 ]
-BatchOption = Annotated[int, typer.Option("--batch-size", help="Images at once.", min=1)]
-IterationsOption = Annotated[int | None, typer.Option(help="T at inference; the default is that of training.")]
+BatchOption = Annotated[int, typer.Option("--batch-size", help="Images or sequences at once.", min=1)]
+IterationsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="T at inference; the default is that of training, and of sequences all that there are frames for."
+    ),
+]
 PRESET_HELP = (
     "A recipe. For static images: rnn-em, quick-rnn-em or greff2017-static-rnn-em; n-em or greff2017-static-n-em; "
     "iodine-static-shapes; vae-mnist. For sequences: flying-shapes, flying-mnist, bouncing-balls, "
@@ -119,14 +124,16 @@ def train(
     out: Annotated[Path, typer.Option(help="The run directory to write.")],
     preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
     components: Annotated[int | None, typer.Option(help="K.")] = None,
-    iterations: Annotated[int | None, typer.Option(help="T, E- and M-steps per image.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    iterations: Annotated[
+        int | None, typer.Option(help="T, E- and M-steps per image, or steps through a sequence.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training split.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images or sequences per step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Adam's.")] = None,
     seed: FitSeedOption = 0,
     device: DeviceOption = "auto",
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
-    train_limit: Annotated[int | None, typer.Option(help="Use only the first so many training images.")] = None,
+    train_limit: Annotated[int | None, typer.Option(help="Use only the first so many of the training split.")] = None,
     compile: CompileOption = False,  # noqa: A002
     truncation: Annotated[
         int | None, typer.Option(help="Of sequences, the frames over which gradients flow back; all when left out.")
@@ -269,6 +276,9 @@ def infer(
     Datasets: gamma (N, K, H, W), labels (N, H, W), psi as means (N, K, H, W, C), theta, the mean of q(θ), (N, K, M);
     where q(θ) is normal, theta_scale, its standard deviations, (N, K, M).
 
+    Of sequences all have a leading axis of steps, and prediction (S, N, H, W, C) is what the components expect together
+    of a frame before it is seen.
+
     Example: `pnem infer runs/rnn-em shapes.h5 --out pred.h5 --limit 1000`
     """
     from pnem.predictions import write_predictions
@@ -287,7 +297,12 @@ def infer(
         seed=seed,
         progress=True,
     )
-    _say(f"wrote gamma, labels, psi and theta of {count} {split} images to {out}")
+    contents, what = (
+        ("gamma, labels, psi, theta and prediction", "sequences")
+        if fitted.strategy.is_sequential
+        else ("gamma, labels, psi and theta", "images")
+    )
+    _say(f"wrote {contents} of {count} {split} {what} to {out}")
 
 
 app.command()(diagnose)

@@ -19,7 +19,7 @@ __all__ = ["write_predictions"]
 
 
 def write_predictions(run: Run, data: str | Path, out: str | Path, *, split: str = "test", **options: Any) -> int:
-    """Infers a split batch by batch and writes it; returns the number of images N.
+    """Infers a split batch by batch and writes it; returns the number of images or sequences N.
 
     Datasets: ``gamma`` (N, K, H, W); ``labels`` (N, H, W), the component most responsible; ``psi`` (N, K, H, W, C),
     each component's predicted mean; ``theta`` (N, K, M), the mean of q(θ); and where q(θ) is a normal distribution

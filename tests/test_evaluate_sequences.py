@@ -3,6 +3,7 @@
 import json
 import math
 
+import h5py
 import pytest
 import torch
 from fitting import SETTINGS, arrays, data_file, splits
@@ -156,6 +157,33 @@ def test_the_command_prints_a_table_and_writes_json(directory, data, tmp_path):
     assert "a rollout of 9 frames take sequences of 12 frames" in call(
         "evaluate", directory, data, "--rollout", 9, code=1
     )
+
+
+def test_infer_writes_what_is_found_at_every_step(directory, data, tmp_path):
+    out = tmp_path / "found.h5"
+    options = ["--batch-size", 4, "--limit", 7, "--device", "cpu"]
+    assert "prediction of 7 test sequences" in call("infer", directory, data, "--out", out, *options)
+    run, (H, W, C) = pnem.load(directory), SHAPE
+    found = [posterior for _, posterior in run.infer_batches(data, batch_size=4, limit=7)]
+    with h5py.File(out) as file:
+        written = {name: torch.from_numpy(array[:]) for name, array in file.items()}
+    S = FRAMES - 1
+    assert {name: tuple(value.shape) for name, value in written.items()} == {
+        "gamma": (S, 7, 3, H, W),
+        "labels": (S, 7, H, W),
+        "psi": (S, 7, 3, H, W, C),
+        "theta": (S, 7, 3, 5),
+        "prediction": (S, 7, H, W, C),
+    }
+    for name, values in (
+        ("gamma", [posterior.gamma for posterior in found]),
+        ("labels", [posterior.labels.short() for posterior in found]),
+        ("psi", [posterior.mean for posterior in found]),
+        ("theta", [posterior.theta for posterior in found]),
+        ("prediction", [run.model.prediction(posterior.psi, posterior.log_mixing) for posterior in found]),
+    ):
+        expected = torch.cat(values, 1)
+        assert torch.equal(written[name].reshape(expected.shape), expected)
 
 
 def test_nan_is_null_in_json_also_along_curves(directory, tmp_path):

@@ -359,7 +359,7 @@ class TestTraining:
             for old, new in zip(first.strategy.parameters(), second.strategy.parameters(), strict=True):
                 torch.testing.assert_close(old, new)
             assert second.settings.training["start_from"] == str(tmp_path / "first")
-        with pytest.raises(RunError, match="do not belong to this run's strategy: [^\n]*norm[^\n]*$"):
+        with pytest.raises(RunError, match=r"do not belong to this run's strategy: [^\n]*norm[^\n]*$"):
             pnem.fit(*_pair(layer_norm=True), data(), **options, start_from=first)
         with pytest.raises(RunError, match="there is no run directory"):
             pnem.fit(*_pair(), data(), **options, start_from=tmp_path / "none")
