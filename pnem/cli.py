@@ -136,7 +136,8 @@ def train(
     train_limit: Annotated[int | None, typer.Option(help="Use only the first so many of the training split.")] = None,
     compile: CompileOption = False,  # noqa: A002
     truncation: Annotated[
-        int | None, typer.Option(help="Of sequences, the frames over which gradients flow back; all when left out.")
+        int | None,
+        typer.Option(help="Frames (on images iterations) over which gradients flow back; all when left out."),
     ] = None,
     start_from: Annotated[
         Path | None, typer.Option(help="A run whose weights to begin with: of an earlier stage, say.")
