@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pnem.inference import ELBO, RNEM, RNNEM, BitFlip, MaskedUniform, NEMLoss, Noise, encoders
+from pnem.inference import ELBO, RNEM, RNNEM, BitFlip, MaskedUniform, NEMLoss, encoders
 from pnem.models import Bernoulli, Likelihood, Normal, SpatialMixture, decoders
 from pnem.recipe import BEST, GREFF2017, Parts, Preset
 
@@ -19,12 +19,14 @@ def _predictor(
     *,
     strategy: type[RNNEM | RNEM] = RNNEM,
     likelihood: Likelihood | None = None,
-    noise: Noise | None = None,
     latent_features: int = 64,
     hidden: int = 256,
     **options: Any,
 ) -> Parts:
-    """pnem's own: the ownership model and its ELBO over all frames, gated recurrence, fully connected networks."""
+    """pnem's own: the ownership model and its ELBO over all frames, gated recurrence, fully connected networks.
+
+    Without input noise: what is to be predicted is not what is seen, and noise blurs where things are.
+    """
     model = SpatialMixture(
         decoders.MLP(latent_features, image_shape, hidden=(hidden,), layer_norm=True),
         Bernoulli() if likelihood is None else likelihood,
@@ -40,7 +42,6 @@ def _predictor(
             recurrence="gated",
             layer_norm=True,
             iterations=iterations,
-            noise=BitFlip(0.1) if noise is None else noise,
             task="prediction",
             **options,
         ),
@@ -53,8 +54,7 @@ def _flying_shapes(image_shape: Sequence[int], components: int, iterations: int)
 
 
 def _flying_mnist(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
-    likelihood, noise = Normal(SIGMA), MaskedUniform(0.1)
-    return _predictor(image_shape, components, iterations, likelihood=likelihood, noise=noise)
+    return _predictor(image_shape, components, iterations, likelihood=Normal(SIGMA))
 
 
 def _bouncing_balls(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
