@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSample
 
 from pnem.data import Batch, ImageDataset
 from pnem.errors import DataError, ModelError
-from pnem.inference import Strategy
+from pnem.inference import FilteringStrategy, Strategy
 from pnem.models import SpatialMixture
 
 __all__ = ["Splits", "batches", "check_frames", "check_images", "open_split", "open_splits"]
@@ -93,9 +93,10 @@ def check_frames(frames: int, source: str, strategy: Strategy, steps: int) -> No
     name, needed = type(strategy).__name__, steps + strategy.steps_ahead
     if not strategy.is_sequential:
         if frames != 1:
+            remedy = 'task="prediction" or "denoising"' if isinstance(strategy, FilteringStrategy) else "RNNEM, say"
             raise DataError(
                 f"{source} holds sequences of {frames} frames, but this {name} takes static images (T = 1): use a "
-                'preset for sequences, or build the strategy with task="prediction" or "denoising"'
+                f"preset for sequences, or a strategy that goes through them ({remedy})"
             )
     elif frames == 1:
         raise DataError(
