@@ -125,7 +125,7 @@ def bouncing_balls(
     most: Annotated[
         int | None, typer.Option(help="Between --balls and this many per sequence. Default: always --balls.")
     ] = None,
-    masses: Annotated[Masses, typer.Option(help="Whether all weigh the same, or larger ones more.")] = (Masses.EQUAL),
+    masses: Annotated[Masses, typer.Option(help="Whether all weigh the same, or larger ones more.")] = Masses.EQUAL,
     curtain: Annotated[bool, typer.Option("--curtain", help="Hide a quarter of the image.")] = False,
     frames: Frames = 51,
     size: Size = 64,

@@ -177,6 +177,18 @@ def sequences(frames: int, count: int, shape: tuple[int, int, int] = (3, 4, 1)) 
     return images(frames * count, shape).unflatten(0, (frames, count))
 
 
+def snapshot(*modules: torch.nn.Module) -> list[Tensor]:
+    """Copies of all parameters."""
+    return [p.detach().clone() for module in modules for p in module.parameters()]
+
+
+def assert_all_moved(before: list[Tensor], *modules: torch.nn.Module) -> None:
+    """Fails, naming them, where parameters are what `snapshot` found before."""
+    names = [name for module in modules for name, _ in module.named_parameters()]
+    stuck = [n for n, old, new in zip(names, before, snapshot(*modules), strict=True) if torch.equal(old, new)]
+    assert not stuck, f"never trained: {stuck}"
+
+
 COVARIANCES = {"spherical": "spherical", "diagonal": "diag", "full": "full", "tied": "tied"}
 FAMILIES: dict[str, Callable[[], Likelihood]] = {
     **{name: functools.partial(MultivariateNormal, name, floor=0.0) for name in COVARIANCES},

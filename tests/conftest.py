@@ -20,3 +20,18 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def draw(monkeypatch):
+    """Makes draws of θ repeatable: once more, the same ones, for 3 images or sequences of 3 components, changed as asked."""
+
+    def again(change=lambda noise: noise):
+        generator = torch.Generator().manual_seed(5)
+
+        def randn_like(like):
+            return change(torch.randn(3, 3, 5, generator=generator, dtype=torch.float64)).to(like)
+
+        monkeypatch.setattr(torch, "randn_like", randn_like)
+
+    return again

@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import BY_SVI, MODELS, ONE_START, PROPER, STRATEGIES, images, pair
+from cases import BY_SVI, MODELS, ONE_START, PROPER, STRATEGIES, assert_all_moved, images, pair, snapshot
 from pyro.infer import SVI, TraceEnum_ELBO
 from pyro.optim import Adam
 
@@ -28,35 +28,10 @@ def restarts(strategy_name: str) -> int:
     return 1 if strategy_name in ONE_START else 2
 
 
-@pytest.fixture
-def draw(monkeypatch):
-    """Makes draws of θ repeatable: given once more, the same ones, for 3 images of 3 components, changed as asked."""
-
-    def again(change=lambda noise: noise):
-        generator = torch.Generator().manual_seed(5)
-
-        def randn_like(like):
-            return change(torch.randn(3, 3, 5, generator=generator, dtype=torch.float64)).to(like)
-
-        monkeypatch.setattr(torch, "randn_like", randn_like)
-
-    return again
-
-
 def splits(count: int, shape=(3, 4, 1)) -> dict[str, ImageDataset]:
     features = images(count, shape).float().reshape(1, count, *shape)
     groups = torch.randint(0, 3, (1, count, *shape[:2], 1))
     return {name: ImageDataset(features.numpy(), groups.numpy()) for name in ("training", "validation", "test")}
-
-
-def snapshot(*modules: torch.nn.Module) -> list[torch.Tensor]:
-    return [p.detach().clone() for module in modules for p in module.parameters()]
-
-
-def assert_all_moved(before, *modules):
-    names = [name for module in modules for name, _ in module.named_parameters()]
-    stuck = [n for n, old, new in zip(names, before, snapshot(*modules), strict=True) if torch.equal(old, new)]
-    assert not stuck, f"never trained: {stuck}"
 
 
 def log_weight(model, state, x):

@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import MODELS, PROPER, SEQUENTIAL, images, sequences
+from cases import MODELS, PROPER, SEQUENTIAL, assert_all_moved, images, sequences, snapshot
 from pyro.infer import SVI, TraceEnum_ELBO
 from pyro.optim import Adam
 
@@ -35,28 +35,6 @@ def frames(task):
 
 def all_parameters(*modules):
     return [(name, parameter) for module in modules for name, parameter in module.named_parameters()]
-
-
-def assert_all_moved(before, *modules):
-    after = [parameter for _, parameter in all_parameters(*modules)]
-    names = [name for name, _ in all_parameters(*modules)]
-    stuck = [name for name, old, new in zip(names, before, after, strict=True) if torch.equal(old, new)]
-    assert not stuck, f"never trained: {stuck}"
-
-
-@pytest.fixture
-def draw(monkeypatch):
-    """Makes draws of θ repeatable: given once more, the same ones, for 3 sequences, changed as asked."""
-
-    def again(change=lambda noise: noise):
-        generator = torch.Generator().manual_seed(5)
-
-        def randn_like(like):
-            return change(torch.randn(3, 3, 5, generator=generator, dtype=torch.float64)).to(like)
-
-        monkeypatch.setattr(torch, "randn_like", randn_like)
-
-    return again
 
 
 @every_task
@@ -116,14 +94,14 @@ def test_every_parameter_gets_a_gradient(strategy_name, task):
 @every_strategy
 def test_svi_and_pyros_elbo_module_train_every_parameter(strategy_name, task):
     model, strategy = pair("owned Normal", strategy_name, task)
-    before = [parameter.detach().clone() for _, parameter in all_parameters(model, strategy)]
+    before = snapshot(model, strategy)
     svi = SVI(model, strategy, Adam({"lr": 0.01}), TraceEnum_ELBO(max_plate_nesting=3))
     for _ in range(2):
         svi.step(sequences(frames(task), 4), given=given(task))
     assert_all_moved(before, model, strategy)
     pyro.clear_param_store()
 
-    before = [parameter.detach().clone() for _, parameter in all_parameters(model, strategy)]
+    before = snapshot(model, strategy)
     with pyro.settings.context(module_local_params=True):
         loss = TraceEnum_ELBO(max_plate_nesting=3)(model, strategy)
         optimizer = torch.optim.Adam([*model.parameters(), *strategy.parameters()], lr=0.01)
@@ -138,7 +116,7 @@ def test_svi_and_pyros_elbo_module_train_every_parameter(strategy_name, task):
 @every_strategy
 def test_fit_trains_every_parameter_and_the_run_round_trips(strategy_name, task, tmp_path):
     model, strategy = pair("owned Bernoulli", strategy_name, task)
-    before = [parameter.detach().clone() for _, parameter in all_parameters(model, strategy)]
+    before = snapshot(model, strategy)
     features = sequences(frames(task), 24).float().unflatten(2, (3, 4))
     groups = torch.randint(0, 3, features.shape)
     data = {name: ImageDataset(features, groups) for name in ("training", "validation")}

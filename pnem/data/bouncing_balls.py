@@ -107,7 +107,9 @@ def bouncing_balls(
 
     motion = simulate_balls(positions, velocities, mass, radii, T)
     pixels = H / BOX
-    centres = np.nan_to_num(motion.positions * pixels).astype(np.float32)
+    # A sequence with fewer balls than others has none in the last places: 0 there.
+    there = (radii > 0)[..., None]
+    centres = np.where(there, motion.positions * pixels, 0).astype(np.float32)
     radii_shown = (radii * pixels).astype(np.float32)
     features, groups = _rendered(centres, radii_shown, (H, W))
     hidden = None
@@ -124,7 +126,7 @@ def bouncing_balls(
         features,
         groups,
         centres,
-        np.nan_to_num(motion.velocities * pixels).astype(np.float32),
+        np.where(there, motion.velocities * pixels, 0).astype(np.float32),
         motion.collisions,
         motion.wall_collisions,
         mass[None].astype(np.float32),
