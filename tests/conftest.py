@@ -24,7 +24,7 @@ def float64() -> Iterator[None]:
 
 @pytest.fixture
 def draw(monkeypatch):
-    """Makes draws of θ repeatable: once more, the same ones, for 3 images or sequences of 3 components, changed as asked."""
+    """Makes draws of θ repeatable: once more, the same ones, for 3 images or sequences of 3 components, as changed."""
 
     def again(change=lambda noise: noise):
         generator = torch.Generator().manual_seed(5)
