@@ -21,7 +21,7 @@ SCRIPT = str(Path(__file__).parent / "benchmarks" / "sequences.py")
 def test_an_experiment_runs_and_goes_on_where_it_was(experiment, names, tmp_path, capsys):
     main = runpy.run_path(SCRIPT)["main"]
     command = [experiment, "--small", "--epochs", "1", "--out", str(tmp_path), "--threads", "1", "--device", "cpu"]
-    command += ["--objects", "3"] if experiment == "autoencoder" else []
+    command += ["--objects", "3", "4"] if experiment == "autoencoder" else []
     assert main(command) == 0
     found = json.loads((tmp_path / f"{experiment}.json").read_text())
     assert list(found) == names
@@ -29,6 +29,6 @@ def test_an_experiment_runs_and_goes_on_where_it_was(experiment, names, tmp_path
     assert main(command) == 0
     assert "training" not in capsys.readouterr().out
     assert json.loads((tmp_path / f"{experiment}.json").read_text()) == found
-    if experiment == "mnist":
-        begun = json.loads((tmp_path / "mnist-all" / "settings.json").read_text())["training"]["start_from"]
-        assert Path(begun).name == "mnist-500"
+    for later, first in {"mnist-all": "mnist-500", "flying4-k4": "flying3-k3", "flying4-k1": "flying3-k1"}.items():
+        if (settings := tmp_path / later / "settings.json").exists():
+            assert Path(json.loads(settings.read_text())["training"]["start_from"]).name == first
