@@ -121,7 +121,7 @@ class FilteringStrategy(Strategy):
         taken = 0
         for seen, target in steps:
             if state is not None and not taken:
-                self._check_state(state, seen)
+                self.check_state(state, seen)
             with torch.no_grad():
                 state = self.step(self.init(seen) if state is None else state, seen, target)
             taken += 1
@@ -142,7 +142,8 @@ class FilteringStrategy(Strategy):
             require_images(self.model, frame)
             yield frame
 
-    def _check_state(self, state: State, x: Tensor) -> None:
+    def check_state(self, state: State, x: Tensor) -> None:
+        """Raises `StrategyError` unless this strategy can go on from `state` with frames like `x` (B, D, C)."""
         expected = len(x), self.model.num_components, self.model.latent_features
         if state.theta.shape != expected:
             raise StrategyError(
@@ -237,7 +238,7 @@ class FilteringStrategy(Strategy):
             raise StrategyError(f"frames must be at least 1, and whole, but is {frames}")
         self.model.check(x)
         require_images(self.model, x)
-        self._check_state(state, x)
+        self.check_state(state, x)
         each = sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor))
         if frames * each > memory_limit:
             raise StrategyError(

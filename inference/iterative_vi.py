@@ -110,6 +110,15 @@ class IterativeVI(RecurrentStrategy):
         location, scale = torch.zeros_like(state.theta), torch.ones_like(state.theta)
         return state._replace(location=location, scale=scale, memory=memory)
 
+    def check_state(self, state: State, x: Tensor) -> None:  # noqa: D102
+        super().check_state(state, x)
+        held = None if state.memory is None else state.memory.shape[-1]
+        if self.head is not None and held != self.features:
+            raise StrategyError(
+                f"the state to go on from has {'no' if held is None else held} features of memory, but this strategy "
+                f"has {self.features}: give the last state that a strategy like this one reached"
+            )
+
     def improve(self, state: State, x_in: Tensor) -> State:  # noqa: D102
         gradients = self.elbo_gradients(state, x_in) if self.gradients else ()
         if self.head is None:

@@ -212,6 +212,14 @@ class TestInfer:
         with pytest.raises(StrategyError, match=r"images are \(B, D, C\)"):
             strategy.rollout(state, x, 2)
 
+    def test_a_state_of_another_strategy_is_refused(self):
+        model, x = mixture(prior="standard_normal"), sequences(4, 2)
+        strategy = IterativeVI(model, hidden=5, task="prediction")
+        others = {"no": RNNEM(model, task="prediction"), "6": IterativeVI(model, hidden=6, task="prediction")}
+        for held, other in others.items():
+            with pytest.raises(StrategyError, match=f"has {held} features of memory, but this strategy has 5"):
+                strategy.infer(x, state=other.infer(x).state)
+
     @pytest.mark.parametrize("strategy_class", [RNNEM, IterativeVI])
     def test_posteriors_of_several_batches_go_together(self, strategy_class):
         strategy = strategy_class(mixture(prior="standard_normal"), iterations=4, task="prediction")
