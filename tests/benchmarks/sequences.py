@@ -1,9 +1,9 @@
 """The experiments on sequences that the README quotes, each in one command: run it as a script.
 
 ``autoencoder`` (Greff et al. 2017, figure 5): flying shapes of 3, 4 and 5 objects, as many components against one,
-which is a recurrent autoencoder of the same networks, the same training; those of 4 and 5 objects start from the
-weights for 3. ``mnist``: two flying digits in three stages, of 20 and 500 variations and of all, each from the weights
-of the one before. ``balls``: R-NEM against RNN-EM on bouncing balls, by the error of a rollout.
+which is a recurrent autoencoder of the same networks, the same training; all but the first number of objects start
+from the weights for the first. ``mnist``: two flying digits in three stages, of 20 and 500 variations and of all, each
+from the weights of the one before. ``balls``: R-NEM against RNN-EM on bouncing balls, by the error of a rollout.
 
 Data, runs, tables (JSON) and figures go into ``--out``. What is there already is used, and a training that was cut off
 goes on after its last epoch, so that the same command continues an experiment that was interrupted. ``--small`` is a
