@@ -17,8 +17,6 @@ A component without scored pixels changes nothing.
 import math
 from typing import NamedTuple
 
-import joblib
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -35,8 +33,8 @@ __all__ = [
     "segmentation_labels",
 ]
 
-# About two seconds of AMI in one process, as long as new processes take to start.
-_IMAGES_WORTH_A_PROCESS = 8192
+# Some 50 MB of intermediate values, which fits a cache better than all terms at once would.
+_TERMS_AT_ONCE = 2**18
 
 
 class Estimate(NamedTuple):
@@ -80,40 +78,30 @@ def adjusted_rand_index(groups: Tensor, labels: Tensor, *, num_groups: int | Non
     return _with_edges(index, table).view(groups.shape[:-1])
 
 
-def adjusted_mutual_information(groups: Tensor, labels: Tensor, *, num_processes: int | None = None) -> Tensor:
+def adjusted_mutual_information(groups: Tensor, labels: Tensor) -> Tensor:
     """Adjusted mutual information of each image: 1 is a perfect grouping, chance scores 0 on average.
 
         AMI = (I(g; k) - E[I]) / ((H(g) + H(k)) / 2 - E[I])
 
     over the scored pixels, E[I] the mean over all permutations of them: Vinh, Epps & Bailey (2010), "Information
-    theoretic measures for clusterings comparison". I and E[I] are scikit-learn's, so that this is its
-    `adjusted_mutual_info_score` with the default average, image by image.
+    theoretic measures for clusterings comparison". It is scikit-learn's `adjusted_mutual_info_score` with the default
+    average, image by image.
 
-    groups (..., D) integers, labels (..., D) integers -> (...,) float64 on the device of the data. So many
-    `num_processes` share the images, 1 being this process; by default one for every 8,192 images that need computing
-    and at most one per core, so that small inputs do not wait for processes to start. Raises `DataError` where shapes
-    differ, values are not integers or are negative, or `num_processes` is below 1.
+    groups (..., D) integers, labels (..., D) integers -> (...,) float64 on the device of the data. All images are
+    computed together. Raises `DataError` where shapes differ, or values are not integers or are negative.
 
     >>> groups = torch.tensor([[1, 1, 2, 2, 0], [0, 0, 0, 0, 0]])
     >>> labels = torch.tensor([[3, 3, 0, 0, 0], [0, 1, 0, 1, 0]])
     >>> adjusted_mutual_information(groups, labels).tolist()
     [1.0, nan]
     """
-    if num_processes is not None and num_processes < 1:
-        raise DataError(
-            f"num_processes is {num_processes}; give at least 1, or None to choose by the number of images."
-        )
     table = _contingency(groups, labels)
     by_group, by_label = table.sum(-1), table.sum(-2)
+    mutual = _mutual_information(table, by_group, by_label)
+    expected = _expected_mutual_information(by_group, by_label)
     divided = (by_group.count_nonzero(-1) > 1) & (by_label.count_nonzero(-1) > 1)
-    rows = (divided & ~_identical(table)).nonzero().squeeze(-1)
-
-    information = torch.zeros(len(table), 2, dtype=torch.float64, device=table.device)
-    information[rows] = torch.from_numpy(_information(table[rows].cpu().numpy(), num_processes)).to(table.device)
-    mutual, expected = information.unbind(-1)
-    # Images outside `rows` have I = E[I] = 0 here: 0 for an undivided image, and the edges for the others.
     index = (mutual - expected) / ((_entropy(by_group) + _entropy(by_label)) / 2 - expected)
-    return _with_edges(index, table).view(groups.shape[:-1])
+    return _with_edges(torch.where(divided, index, 0.0), table).view(groups.shape[:-1])
 
 
 def mean_and_standard_error(values: Tensor) -> Estimate:
@@ -253,25 +241,48 @@ def _entropy(counts: Tensor) -> Tensor:
     return torch.special.entr(counts.double() / counts.sum(-1, keepdim=True)).sum(-1)
 
 
-def _information(tables: np.ndarray, num_processes: int | None) -> np.ndarray:
-    """The mutual information (nats) of each table and its expected value, (N, 2)."""
+def _mutual_information(table: Tensor, by_group: Tensor, by_label: Tensor) -> Tensor:
+    """I(g; k) = Σ_gk n_gk/N log(N n_gk / (n_g. n_.k)), in nats: tables (N, G, K) -> (N,)."""
+    pixels = by_group.sum(-1)[:, None, None]
+    # Marginals are 0 only where n_gk is, which xlogy makes 0.
+    ratio = table.double() * pixels / (by_group.unsqueeze(-1) * by_label.unsqueeze(-2)).clamp_min(1)
+    return (torch.xlogy(table, ratio) / pixels).sum((-2, -1))
 
-    # Local, with its own imports, because it is then sent to the processes by value: they need not import torch.
-    def compute(tables: np.ndarray) -> list[tuple[float, float]]:
-        import sklearn
-        from sklearn.metrics import mutual_info_score
-        from sklearn.metrics.cluster import expected_mutual_information
 
-        used = [table[table.any(1)][:, table.any(0)] for table in tables]
-        # Validation takes longer than the arithmetic.
-        with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
-            mutual = [mutual_info_score(None, None, contingency=table) for table in used]
-        return list(zip(mutual, (expected_mutual_information(table, table.sum()) for table in used), strict=True))
+def _expected_mutual_information(by_group: Tensor, by_label: Tensor) -> Tensor:
+    """E[I(g; k)] over all tables with these marginals (N, G) and (N, K), in nats: (N,).
 
-    if num_processes is None:
-        num_processes = max(1, min(len(tables) // _IMAGES_WORTH_A_PROCESS, joblib.cpu_count()))
-    chunks = np.array_split(tables, 4 * num_processes if num_processes > 1 else 1)
-    with joblib.parallel_config("loky", inner_max_num_threads=1):
-        parallel = joblib.Parallel(num_processes, max_nbytes=None)
-        results = parallel(joblib.delayed(compute)(chunk) for chunk in chunks if len(chunk))
-    return np.array([pair for result in results for pair in result], dtype=np.float64).reshape(-1, 2)
+        E[I] = Σ_gk Σ_n  n/N log(N n / (a b)) · a! b! (N−a)! (N−b)! / (N! n! (a−n)! (b−n)! (N−a−b+n)!)
+
+    with a = n_g. and b = n_.k, and n from max(1, a + b − N) to min(a, b): eq. 24a of Vinh, Epps & Bailey (2010).
+    """
+    images, G, K = len(by_group), by_group.shape[-1], by_label.shape[-1]
+    if not images * G:
+        return by_group.new_zeros(images, dtype=torch.float64)
+    a = by_group.unsqueeze(-1).expand(images, G, K).flatten()
+    b = by_label.unsqueeze(-2).expand(images, G, K).flatten()
+    total = by_group.sum(-1).repeat_interleave(G * K)
+    first = (a + b - total).clamp_min(1)
+    terms = (torch.minimum(a, b) - first + 1).clamp_min(0)
+    log_factorial = torch.lgamma(torch.arange(1, int(total.max()) + 2, dtype=torch.float64, device=a.device))
+    sizes = (terms.cumsum(0) // _TERMS_AT_ONCE).unique_consecutive(return_counts=True)[1].tolist()
+    parts = zip(*(value.split(sizes) for value in (a, b, total, first, terms)), strict=True)
+    expected = torch.cat([_expected_terms(*part, log_factorial) for part in parts])
+    return expected.view(images, G * K).sum(-1)
+
+
+def _expected_terms(a: Tensor, b: Tensor, total: Tensor, first: Tensor, terms: Tensor, log_factorial: Tensor) -> Tensor:
+    """The sum over n of each cell."""
+    cell = torch.arange(len(a), device=a.device).repeat_interleave(terms)
+    begins = terms.cumsum(0) - terms
+    n = torch.arange(len(cell), device=a.device) - (begins - first)[cell]
+    log_ways = log_factorial[a] + log_factorial[b] + log_factorial[total - a] + log_factorial[total - b]
+    scale = total.double().log() - a.double().log() - b.double().log()
+    log_p = (log_ways - log_factorial[total])[cell] - (
+        log_factorial[n]
+        + log_factorial[a[cell] - n]
+        + log_factorial[b[cell] - n]
+        + log_factorial[(total - a - b)[cell] + n]
+    )
+    values = n * (n.double().log() + scale[cell]) * log_p.exp()
+    return torch.zeros_like(scale).index_add_(0, cell, values) / total
