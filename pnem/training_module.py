@@ -72,10 +72,11 @@ class TrainingModule(lightning.LightningModule):
         loss, elbo = self.objective(self.strategy, states, x)
         return Outcome(loss, elbo.mean(), states[-1].gamma), states
 
-    def iteration(self, state: State, x_in: Tensor, x: Tensor) -> tuple[State, Tensor]:
-        """The next state and its mean loss: a pure function of tensors, the unit that is compiled."""
+    def iteration(self, state: State, x_in: Tensor, x: Tensor) -> tuple[State, Tensor, Tensor]:
+        """The next state, its mean loss and its mean ELBO: a pure function of tensors, the unit that is compiled."""
         state = self.strategy.step(state, x_in, x)
-        return state, self.objective.loss_at(self.strategy, state, x).mean()
+        loss = self.objective.loss_at(self.strategy, state, x).mean()
+        return state, loss, self.strategy.elbo(state).mean().detach()
 
     def stepwise_outcome(self, x: Tensor) -> Outcome:
         """`outcome` iteration by iteration: compiled, one small graph, run T times; or truncated in time.
@@ -83,7 +84,7 @@ class TrainingModule(lightning.LightningModule):
         Truncated, it goes back through all windows of frames but the last, and the loss carries no gradient of theirs.
         """
         state, x_in = self.strategy.start(x)
-        truncation, sequential = self.training_settings.truncation, self.strategy.is_sequential
+        truncation = self.training_settings.truncation
         pairs = self.strategy.frames(x_in, x)
         weights = self.objective.step_weights(len(pairs))
         window, total = x.new_zeros(()), x.new_zeros(())
@@ -98,12 +99,11 @@ class TrainingModule(lightning.LightningModule):
                     if window.requires_grad:
                         window.backward()
                     window, total = x.new_zeros(()), total + window.detach()
-                state, loss = self.iterate(state, seen, target)
+                state, loss, elbo = self.iterate(state, seen, target)
+                elbos.append(elbo)
                 if weight > 0:
                     window = window + weight * loss
-                if sequential:
-                    elbos.append(self.strategy.elbo(state).mean().detach())
-        elbo = torch.stack(elbos).mean() if sequential else self.strategy.elbo(state).mean()
+        elbo = torch.stack(elbos).mean() if self.strategy.is_sequential else elbos[-1]
         return Outcome(total + window, elbo, state.gamma)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
