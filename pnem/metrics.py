@@ -266,13 +266,14 @@ def _expected_mutual_information(by_group: Tensor, by_label: Tensor) -> Tensor:
     terms = (torch.minimum(a, b) - first + 1).clamp_min(0)
     log_factorial = torch.lgamma(torch.arange(1, int(total.max()) + 2, dtype=torch.float64, device=a.device))
     sizes = (terms.cumsum(0) // _TERMS_AT_ONCE).unique_consecutive(return_counts=True)[1].tolist()
-    parts = zip(*(value.split(sizes) for value in (a, b, total, first, terms)), strict=True)
-    expected = torch.cat([_expected_terms(*part, log_factorial) for part in parts])
+    cells = torch.stack((a, b, total, first, terms))
+    expected = torch.cat([_expected_terms(chunk, log_factorial) for chunk in cells.split(sizes, -1)])
     return expected.view(images, G * K).sum(-1)
 
 
-def _expected_terms(a: Tensor, b: Tensor, total: Tensor, first: Tensor, terms: Tensor, log_factorial: Tensor) -> Tensor:
-    """The sum over n of each cell."""
+def _expected_terms(cells: Tensor, log_factorial: Tensor) -> Tensor:
+    """The sum over n of each cell, given by its a, b, N, first n and number of terms: (5, cells) -> (cells,)."""
+    a, b, total, first, terms = cells
     cell = torch.arange(len(a), device=a.device).repeat_interleave(terms)
     begins = terms.cumsum(0) - terms
     n = torch.arange(len(cell), device=a.device) - (begins - first)[cell]
