@@ -113,7 +113,18 @@ PRESET_HELP = (
     "relational-bouncing-balls, greff2017-flying-shapes, greff2017-flying-mnist or greff2017-flying-mnist-later. The "
     "default is the strategy's first."
 )
-CompileOption = Annotated[bool, typer.Option("--compile", help="Compile an iteration: a slow start, faster steps.")]
+CompileOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile", help="Compile an iteration: a slow start, faster steps; if left out, where it pays."
+    ),
+]
+CheckpointingOption = Annotated[
+    bool,
+    typer.Option(
+        "--activation-checkpointing", help="Less memory (√T iterations in place of T) for steps a third longer."
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
@@ -134,7 +145,8 @@ def train(
     device: DeviceOption = "auto",
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
     train_limit: Annotated[int | None, typer.Option(help="Use only the first so many of the training split.")] = None,
-    compile: CompileOption = False,  # noqa: A002
+    compile: CompileOption = None,  # noqa: A002
+    activation_checkpointing: CheckpointingOption = False,
     truncation: Annotated[
         int | None,
         typer.Option(help="Frames (on images iterations) over which gradients flow back; all when left out."),
@@ -172,7 +184,8 @@ def train(
         seed=seed,
         device=device,
         precision=precision,
-        compile=compile,
+        compile="auto" if compile is None else compile,
+        activation_checkpointing=activation_checkpointing,
         **settings,
     )
     best = run.history.iloc[int(run.history["valid_loss"].argmin())]

@@ -1,6 +1,5 @@
 """The main job in one call: data, two strategies on one model, a table and figures."""
 
-import shutil
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -90,8 +89,6 @@ def _train(name: str, data: Path, directory: Path, scale: Scale, seed: int, devi
     model, strategy, objective = preset.build(ImageDataset.from_hdf5(data, "training").image_shape)
     settings = {**preset.training, "epochs": scale.epochs, "train_limit": scale.train[name]}
     settings["precision"] = _faster_precision(device)
-    # Compiling takes half a minute, so it pays in the full demo only, and it needs a C++ compiler.
-    settings["compile"] = scale is FULL and shutil.which("g++") is not None
     return fit(model, strategy, data, objective=objective, out=directory, seed=seed, device=device, **settings)
 
 

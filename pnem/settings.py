@@ -42,8 +42,11 @@ class TrainingSettings:
         device: see `pnem.devices.resolve_device`.
         precision: ``"float32"``, ``"bfloat16"`` (autocast; log-probabilities stay in float32) or ``"float64"``.
         compile: whether to compile one iteration with its loss (``torch.compile``): a slow start, then faster steps.
+            ``"auto"``: where the training is long enough for that to pay, and there is a compiler.
         truncation: the frames of sequences, or iterations on images, over which gradients flow back: after so many the
             state is taken as given, and what led to it is freed (truncated backpropagation through time); None for all.
+        activation_checkpointing: whether to keep only every √T-th of the T iterations, and compute those between again
+            on the way back: the same gradients, memory that grows as √T, steps that take about a third longer.
     """
 
     epochs: int = 20
@@ -58,8 +61,9 @@ class TrainingSettings:
     seed: int = 0
     device: str = "auto"
     precision: str = "float32"
-    compile: bool = False
+    compile: bool | str = "auto"
     truncation: int | None = None
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         """Raises `RunError` for settings that cannot work."""
@@ -79,6 +83,8 @@ class TrainingSettings:
             raise RunError(f"seed must be at least 0 and below 2**32, but is {self.seed}")
         if self.precision not in PRECISIONS:
             raise DeviceError(f"unknown precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
+        if self.compile not in (True, False, "auto"):
+            raise RunError(f'compile must be True, False or "auto", but is {self.compile!r}')
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import signal
 import tempfile
 import warnings
@@ -16,11 +17,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from pnem.callbacks import BestCheckpoint, CollapseWatch, History, Patience, ProgressBar, SafeCheckpointIO
+from pnem.compilation import should_compile
 from pnem.data import ImageDataset
 from pnem.devices import PRECISIONS, forked_rng, resolve_device
 from pnem.errors import DataError, RunError
 from pnem.inference import ELBO, NUTS, ClassicalEM, Objective, Strategy
 from pnem.loading import Splits, batches, open_splits
+from pnem.memory import check_memory
 from pnem.models import SpatialMixture
 from pnem.run import Run
 from pnem.run_directory import (
@@ -65,8 +68,8 @@ def fit(
         objective: what to minimise; ``ELBO("ramp")`` when None.
         out: the run directory, which must not exist unless `resume`; None keeps the run in memory only.
         resume: whether to continue the run in `out` exactly where its last finished epoch ended; the parts and the
-            settings must be those it was started with, but for `epochs`, `patience`, `device` and `compile`. (Other
-            `epochs` stretch a cosine schedule.)
+            settings must be those it was started with, but for `epochs`, `patience`, `device`, `compile` and
+            `activation_checkpointing`. (Other `epochs` stretch a cosine schedule.)
         start_from: a run, or its directory, whose weights training begins with, as stages of a curriculum do: of a
             model and a strategy of the same parts, though K may differ.
         progress: whether to show a progress bar.
@@ -180,6 +183,7 @@ def _train(
         files.weights.unlink(missing_ok=True)
     train = splits.limited("training", training.train_limit)
     valid = splits.limited("validation", training.valid_limit)
+    check_memory(strategy, objective, train, training, device)
     history = History(files.history)
     trainer = lightning.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -195,7 +199,11 @@ def _train(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
-    module = TrainingModule(model, strategy, objective, training, training.epochs * (len(train) // training.batch_size))
+    steps = training.epochs * (len(train) // training.batch_size)
+    images = steps * training.batch_size * strategy.iterations
+    pixels = images * model.num_components * math.prod(model.decoder.image_shape[:2])
+    compiles = should_compile(training.compile, device, iterations=steps * strategy.iterations, pixels=pixels)
+    module = TrainingModule(model, strategy, objective, training, steps, compile_on=device if compiles else None)
     loaders = (
         batches(train, training.batch_size, shuffle_seed=training.seed),
         batches(valid, training.batch_size),

@@ -2,12 +2,15 @@
 
 import math
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import lightning
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from pnem.compilation import compiled
 from pnem.data import Batch
 from pnem.diagnostics import terms_at
 from pnem.diagnostics.symptoms import Symptoms, symptoms
@@ -39,7 +42,14 @@ class Outcome(NamedTuple):
 
 
 class TrainingModule(lightning.LightningModule):
-    """Trains by Adam on an objective over the unrolled strategy; `steps` is the length of the cosine schedule."""
+    """Trains by Adam on an objective over the unrolled strategy.
+
+    Args:
+        model, strategy, objective: what is trained, and on what.
+        training: the settings.
+        steps: the length of a cosine schedule.
+        compile_on: the device to compile the iteration for; None to leave it as it is.
+    """
 
     def __init__(
         self,
@@ -48,6 +58,8 @@ class TrainingModule(lightning.LightningModule):
         objective: Objective,
         training: TrainingSettings,
         steps: int,
+        *,
+        compile_on: torch.device | None = None,
     ):
         super().__init__()
         self.model = model
@@ -55,22 +67,17 @@ class TrainingModule(lightning.LightningModule):
         self.objective = objective
         self.training_settings = training
         self.steps = steps
-        self.iterate = self.iteration
-        if training.compile:
-            # A function may be compiled only so many times in a process, counted over all trainings.
-            torch.compiler.reset()
-            self.iterate = torch.compile(self.iteration, fullgraph=True)
+        self.iterate: Callable[[State, Tensor, Tensor], tuple[State, Tensor, Tensor]] = self.iteration
+        if compile_on is not None:
+            self.iterate = compiled(self.iteration, required=training.compile is True, device=compile_on)
+        self.stepwise = compile_on is not None or training.truncation is not None or training.activation_checkpointing
         self._reset()
 
     def outcome(self, x: Tensor) -> Outcome:
         """The losses of one unroll on images `x` (B, D, C) or sequences (T, B, D, C)."""
-        return self._unrolled(x)[0]
-
-    def _unrolled(self, x: Tensor) -> tuple[Outcome, list[State]]:
-        """`outcome`, and all states."""
         states = self.strategy.unroll(x)
         loss, elbo = self.objective(self.strategy, states, x)
-        return Outcome(loss, elbo.mean(), states[-1].gamma), states
+        return Outcome(loss, elbo.mean(), states[-1].gamma)
 
     def iteration(self, state: State, x_in: Tensor, x: Tensor) -> tuple[State, Tensor, Tensor]:
         """The next state, its mean loss and its mean ELBO: a pure function of tensors, the unit that is compiled."""
@@ -79,32 +86,63 @@ class TrainingModule(lightning.LightningModule):
         return state, loss, self.strategy.elbo(state).mean().detach()
 
     def stepwise_outcome(self, x: Tensor) -> Outcome:
-        """`outcome` iteration by iteration: compiled, one small graph, run T times; or truncated in time.
+        """`outcome` iteration by iteration: compiled, one small graph, run T times; truncated in time; checkpointed.
 
         Truncated, it goes back through all windows of frames but the last, and the loss carries no gradient of theirs.
         """
+        if x.is_cuda:
+            torch.compiler.cudagraph_mark_step_begin()
         state, x_in = self.strategy.start(x)
-        truncation = self.training_settings.truncation
         pairs = self.strategy.frames(x_in, x)
         weights = self.objective.step_weights(len(pairs))
-        window, total = x.new_zeros(()), x.new_zeros(())
-        elbos: list[Tensor] = []
+        steps = [(weight, *pair) for weight, pair in zip(weights, pairs, strict=True)]
+        total, elbos = x.new_zeros(()), []
+        window = total
+        for start, piece in _pieces(steps, self.training_settings.truncation):
+            # What is left may have no weight, and then no gradient for the caller to go back through.
+            if start and any(weights[start:]):
+                state = state.map(Tensor.detach)
+                if window.requires_grad:
+                    window.backward()
+                window, total = x.new_zeros(()), total + window.detach()
+            checkpointing = self.training_settings.activation_checkpointing
+            for _, segment in _pieces(piece, math.ceil(math.sqrt(len(piece))) if checkpointing else None):
+                run = self._checkpointed if checkpointing else self._iterations
+                state, loss, found = run(state, segment)
+                window = window + loss
+                elbos += found
+        elbo = torch.stack(elbos).mean() if self.strategy.is_sequential else elbos[-1]
+        return Outcome(total + window, elbo, state.gamma)
+
+    def _iterations(
+        self, state: State, steps: Sequence[tuple[float, Tensor, Tensor]]
+    ) -> tuple[State, Tensor, list[Tensor]]:
+        """The state after some iterations, their weighted loss and their ELBOs."""
+        total, elbos = state.theta.new_zeros(()), []
         with warnings.catch_warnings():
             # The compiler looks at the gradients of its inputs, which within an unroll have none to keep.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
-            for t, (weight, (seen, target)) in enumerate(zip(weights, pairs, strict=True)):
-                # What is left may have no weight, and then no gradient for the caller to go back through.
-                if truncation is not None and t and t % truncation == 0 and any(weights[t:]):
-                    state = state.map(Tensor.detach)
-                    if window.requires_grad:
-                        window.backward()
-                    window, total = x.new_zeros(()), total + window.detach()
+            for weight, seen, target in steps:
                 state, loss, elbo = self.iterate(state, seen, target)
                 elbos.append(elbo)
                 if weight > 0:
-                    window = window + weight * loss
-        elbo = torch.stack(elbos).mean() if self.strategy.is_sequential else elbos[-1]
-        return Outcome(total + window, elbo, state.gamma)
+                    total = total + weight * loss
+        return state, total, elbos
+
+    def _checkpointed(
+        self, state: State, steps: Sequence[tuple[float, Tensor, Tensor]]
+    ) -> tuple[State, Tensor, list[Tensor]]:
+        """`_iterations`, of which nothing is kept but where they start from."""
+
+        def run(_: Tensor, *values: Tensor | None) -> tuple[Tensor | None, ...]:
+            after, loss, found = self._iterations(State(*values), steps)  # type: ignore[arg-type]
+            return loss, torch.stack(found), *after[: len(values)]
+
+        # Reentrant, for the other kind does without `torch.func.grad`, by which strategies differentiate. It goes back
+        # to parameters only from an input that has a gradient.
+        anchor = torch.zeros((), requires_grad=True)
+        loss, found, *values = checkpoint(run, anchor, *state[:-1], use_reentrant=True)
+        return State(*values), loss, list(found)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         """Lightning empties gradients after the step's loss is there, when truncated windows have left theirs."""
@@ -134,9 +172,7 @@ class TrainingModule(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: D102
         x = batch.x.to(self.model.mixing_logits.dtype)
-        training = self.training_settings
-        stepwise = training.compile or training.truncation is not None
-        outcome = self.stepwise_outcome(x) if stepwise else self.outcome(x)
+        outcome = self.stepwise_outcome(x) if self.stepwise else self.outcome(x)
         self._train.append(torch.stack([outcome.loss.detach(), outcome.elbo.detach()]))
         if batch_idx % CHECK_EVERY == 0:
             self._require_finite("training", self._train[-1][0])
@@ -144,28 +180,35 @@ class TrainingModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: D102
         x = batch.x.to(self.model.mixing_logits.dtype)
-        outcome, states = self._unrolled(x)
-        images = x.shape[-3]
-        self._valid.append(torch.stack([outcome.loss, outcome.elbo]) * images)
-        # Frames of sequences are as many images.
-        shown = states if self.strategy.is_sequential else states[-1:]
-        # (A state of its own, for combining leaves out a q(θ) that is no normal.)
-        state = State.combine(torch.cat, shown) if len(shown) > 1 else shown[0]
-        terms = terms_at(self.strategy, state)
-        self._terms.append(torch.stack([getattr(terms, name).sum() / len(shown) for name in TERMS]))
-        if self._valid_images < WATCHED:
-            self._symptoms.append(symptoms(self.model, state, torch.cat(list(self.strategy.targets(x, len(shown))))))
+        state, x_in = self.strategy.start(x)
+        pairs = self.strategy.frames(x_in, x)
+        groups = None if batch.groups is None else self.strategy.targets(batch.groups, len(pairs))
+        # Frames of sequences are as many images; of images the last iteration is what counts.
+        counted = range(len(pairs)) if self.strategy.is_sequential else range(len(pairs) - 1, len(pairs))
+        images, loss, found, ari = x.shape[-3], x.new_zeros(()), [], []
+        for t, (weight, (seen, target)) in enumerate(zip(self.objective.step_weights(len(pairs)), pairs, strict=True)):
+            state = self.strategy.step(state, seen, target)
+            if weight > 0:
+                loss = loss + weight * self.objective.loss_at(self.strategy, state, target).mean()
+            if t not in counted:
+                continue
+            terms = terms_at(self.strategy, state)
+            values = [self.strategy.elbo(state).sum(), *(getattr(terms, name).sum() for name in TERMS)]
+            found.append(torch.stack([value.double() for value in values]))
+            if self._valid_images < WATCHED:
+                self._symptoms.append(symptoms(self.model, state, target))
+            if groups is not None:
+                ari.append(adjusted_rand_index(groups[t], state.gamma.argmax(-2)))
+        self._valid.append(torch.cat([(loss * images).double().unsqueeze(0), torch.stack(found).mean(0)]))
         self._valid_images += images
-        if batch.groups is not None:
-            groups = torch.stack(list(self.strategy.targets(batch.groups, len(shown))))
-            ari = adjusted_rand_index(groups, torch.stack([s.gamma.argmax(-2) for s in shown]))
+        if ari:
             # The γ of a sequence's first step follow from no grouping yet.
-            self._ari.append(ari[1:].nanmean(0) if len(ari) > 1 else ari[0])
+            self._ari.append(torch.stack(ari[1:]).nanmean(0) if len(ari) > 1 else ari[0])
 
     def on_validation_epoch_end(self) -> None:
         """Logs the epoch's metrics once, for a log in every step costs as much as a small step."""
         train_loss, train_elbo = torch.stack(self._train).double().mean(0)
-        valid_loss, valid_elbo = torch.stack(self._valid).double().sum(0) / self._valid_images
+        valid_loss, valid_elbo, *terms = torch.stack(self._valid).sum(0) / self._valid_images
         self._require_finite("training", train_loss)
         self._require_finite("validation", valid_loss)
         metrics = {
@@ -174,7 +217,6 @@ class TrainingModule(lightning.LightningModule):
             "valid_loss": valid_loss,
             "valid_elbo": valid_elbo,
         }
-        terms = torch.stack(self._terms).sum(0) / self._valid_images
         metrics |= {f"valid_{name}": value for name, value in zip(TERMS, terms, strict=True)}
         if self._ari:
             metrics["valid_ari"] = torch.tensor(mean_and_standard_error(torch.cat(self._ari)).mean)
@@ -204,7 +246,6 @@ class TrainingModule(lightning.LightningModule):
     def _reset(self) -> None:
         self._train: list[Tensor] = []
         self._valid: list[Tensor] = []
-        self._terms: list[Tensor] = []
         self._symptoms: list[Symptoms] = []
         self._ari: list[Tensor] = []
         self._valid_images = 0
@@ -215,3 +256,13 @@ class TrainingModule(lightning.LightningModule):
                 f"the {split} loss is {loss.item()} in epoch {self.current_epoch + 1}: try a smaller learning_rate, "
                 "a gradient_clip, or float32 in place of bfloat16; what the epochs before it learned is kept"
             )
+
+
+Step = TypeVar("Step")
+
+
+def _pieces(steps: Sequence[Step], length: int | None) -> Iterator[tuple[int, Sequence[Step]]]:
+    """Runs of so many steps, or all of them; with the index of the first."""
+    length = len(steps) if length is None else length
+    for start in range(0, len(steps), length):
+        yield start, steps[start : start + length]

@@ -107,7 +107,7 @@ def _trained(
     recipe, directory = PRESETS[preset], options.out / name
     epochs = options.epochs if start_from is None or options.later_epochs is None else options.later_epochs
     settings: dict[str, Any] = {**recipe.training, "epochs": epochs, "precision": options.precision}
-    settings |= {"compile": options.compile, "device": options.device, "seed": options.seed}
+    settings |= {"compile": options.compile or "auto", "device": options.device, "seed": options.seed}
     if directory.exists() and len(pnem.load(directory).history) >= epochs:
         return pnem.load(directory, device=settings["device"] if settings["device"] != "auto" else "cpu")
     print(f"training {name}", flush=True)
