@@ -20,19 +20,19 @@ def _predictor(
     strategy: type[RNNEM | RNEM] = RNNEM,
     latent_features: int = 64,
     hidden: int = 256,
+    ownership: float = 0.5,
     **options: Any,
 ) -> Parts:
     """pnem's own: the ownership model and its ELBO over all frames, gated recurrence, fully connected networks.
 
-    Without input noise: what is to be predicted is not what is seen, and noise blurs where things are. Grey levels are
-    taken for probabilities, as VAEs of digits do: with Normal pixels of σ = 0.25 one component takes all digits.
+    Without input noise: what is to be predicted is not what is seen, and noise blurs where things are.
     """
     model = SpatialMixture(
         decoders.MLP(latent_features, image_shape, hidden=(hidden,), layer_norm=True),
         Bernoulli(),
         components,
         pixel_prior=0.0,
-        ownership=0.5,
+        ownership=ownership,
     )
     return Parts(
         model,
@@ -47,6 +47,14 @@ def _predictor(
         ),
         ELBO("all"),
     )
+
+
+def _flying_mnist(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
+    """`_predictor` for digits, which it takes full ownership and noise to part.
+
+    Grey levels are taken for probabilities, as VAEs of digits do: with Normal pixels one component takes all digits.
+    """
+    return _predictor(image_shape, components, iterations, ownership=1.0, noise=MaskedUniform(0.2))
 
 
 def _relational_bouncing_balls(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
@@ -102,7 +110,7 @@ SEQUENCE_PRESETS: dict[str, Preset] = {
         20,
         _OURS,
     ),
-    "flying-mnist": Preset("rnn-em", "pnem's own RNN-EM on flying MNIST digits", _predictor, 2, 20, _OURS),
+    "flying-mnist": Preset("rnn-em", "pnem's own RNN-EM on flying MNIST digits", _flying_mnist, 2, 20, _OURS),
     "bouncing-balls": Preset("rnn-em", "pnem's own RNN-EM on bouncing balls", _predictor, 5, 20, _OURS),
     "relational-bouncing-balls": Preset(
         "r-nem",
