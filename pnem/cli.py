@@ -115,6 +115,12 @@ PRESET_HELP = (
 )
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile an iteration: a slow start, faster steps.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DevicesOption = Annotated[
+    int, typer.Option(help="How many devices of this machine share every batch, a process on each.")
+]
+NodesOption = Annotated[
+    int, typer.Option(help="How many machines do: start the command by torchrun --no-python on each of them.")
+]
 
 
 @app.command()
@@ -132,6 +138,8 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Adam's.")] = None,
     seed: FitSeedOption = 0,
     device: DeviceOption = "auto",
+    devices: DevicesOption = 1,
+    nodes: NodesOption = 1,
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
     train_limit: Annotated[int | None, typer.Option(help="Use only the first so many of the training split.")] = None,
     compile: CompileOption = False,  # noqa: A002
@@ -151,6 +159,7 @@ def train(
     import torch
 
     from pnem.data import ImageDataset
+    from pnem.distributed import is_first
     from pnem.presets import find_preset
     from pnem.training import fit
 
@@ -171,10 +180,14 @@ def train(
         start_from=start_from,
         seed=seed,
         device=device,
+        devices=devices,
+        nodes=nodes,
         precision=precision,
         compile=compile,
         **settings,
     )
+    if not is_first():
+        return
     best = run.history.iloc[int(run.history["valid_loss"].argmin())]
     ari = "" if math.isnan(best["valid_ari"]) else f", ARI {best['valid_ari']:.3f}"
     unit = "frame" if run.strategy.is_sequential else "image"
