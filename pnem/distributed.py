@@ -125,7 +125,7 @@ def _result(processes: list[SpawnProcess], connections: list[Connection]) -> Any
         for connection in ready:
             rank = connections.index(connection)
             try:
-                kind, value = connection.recv()
+                kind, value = pickle.loads(connection.recv_bytes())
             except EOFError:
                 kind, value = "failed", _died(rank, processes)
             if kind == "warning":
@@ -169,15 +169,20 @@ def _process(rank: int, count: int, directory: str, connection: Connection) -> N
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
         with warnings.catch_warnings():
             if rank == 0:
-                warnings.showwarning = lambda message, *_, **__: connection.send(("warning", message))
+                warnings.showwarning = lambda message, *_, **__: _tell(connection, "warning", message)
             else:
                 warnings.simplefilter("ignore")
             result = function(*arguments)
-        connection.send(("returned", result if rank == 0 else None))
+        _tell(connection, "returned", result if rank == 0 else None)
         dist.destroy_process_group()
     except BaseException as error:
-        connection.send(("failed", _sendable(error)))
+        _tell(connection, "failed", _sendable(error))
         raise SystemExit(1) from error
+
+
+def _tell(connection: Connection, kind: str, value: object) -> None:
+    # Not by `send`, which would leave tensors in memory that ends with this process.
+    connection.send_bytes(pickle.dumps((kind, value)))
 
 
 def _end_with_parent() -> None:

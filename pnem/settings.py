@@ -83,8 +83,8 @@ class TrainingSettings:
                 raise RunError(f"{name} must be a whole number of at least 1, but is {value!r}")
         if self.batch_size % self.processes:
             raise RunError(
-                f"a batch of {self.batch_size} cannot be divided among {self.processes} processes (devices={self.devices} "
-                f"on each of nodes={self.nodes}): choose a batch_size that is a multiple of {self.processes}"
+                f"a batch of {self.batch_size} cannot be divided among {self.processes} processes "
+                f"(devices={self.devices}, nodes={self.nodes}): choose a multiple of {self.processes}"
             )
         if not 0 < self.learning_rate < math.inf:
             raise RunError(f"learning_rate must be positive and finite, but is {self.learning_rate}")

@@ -200,8 +200,8 @@ def _check_divisible(model: SpatialMixture, training: TrainingSettings) -> None:
 def _share_first(model: SpatialMixture, strategy: Strategy, history: pd.DataFrame) -> pd.DataFrame:
     """Gives model and strategy the weights of torchrun's first process, and returns its history."""
     *states, history = of_first((model.state_dict(), strategy.state_dict(), history))
-    for part, state in zip((model, strategy), states, strict=True):
-        part.load_state_dict(state)
+    model.load_state_dict(states[0])
+    strategy.load_state_dict(states[1])
     return history
 
 
