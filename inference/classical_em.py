@@ -7,16 +7,19 @@ import torch
 from torch import Tensor
 
 from pnem.inference.checks import check_starts
+from pnem.inference.collectives import of_first, rank
 from pnem.inference.convergence import Fit, best_start, has_converged
 from pnem.inference.errors import StrategyError
 from pnem.inference.factor_analysis import FactorAnalysis, posterior_of_factors
-from pnem.inference.items import Items, Stream, survey
+from pnem.inference.items import Items, Stream
 from pnem.inference.m_steps import MStep, Parameters, find_m_step
 from pnem.inference.posterior import Posterior, State
 from pnem.inference.progress import Progress
-from pnem.inference.starts import INITS, check_given, first_parameters, require_channels
+from pnem.inference.shares import Seen, fail_together, look, put_together, require_group
+from pnem.inference.starts import INITS, first_parameters
 from pnem.inference.strategy import Strategy
 from pnem.models import SpatialMixture
+from pnem.models.errors import PnemError
 
 __all__ = ["ClassicalEM"]
 
@@ -60,6 +63,8 @@ class ClassicalEM(Strategy):
     """
 
     monotone = True
+    # Whether its items may be divided among processes, which takes sums over all of them.
+    divisible = True
 
     def __init__(self, model: SpatialMixture, *, iterations: int = 100, tol: float = 1e-3, initial: str = "k-means++"):
         super().__init__(model, iterations=iterations)
@@ -82,10 +87,17 @@ class ClassicalEM(Strategy):
         theta: Tensor | None = None,
         weight: Tensor | None = None,
         progress: bool = False,
+        distributed: bool = False,
     ) -> Fit:
         """EM until it converges, from R starts at once; the best of each image is kept.
 
         What is the model's own (learned mixing weights, a linear decoder) becomes the fitted one.
+
+        With `distributed`, every process of the default torch.distributed group calls it with its share of the items of
+        every image (of the images, with a linear decoder), and all find what one process would with the items of all,
+        to rounding: sufficient statistics and evidence are summed. They start where the process of rank 0 does, by its
+        random numbers, from a sample of up to 65,536 items of all: all, where there are no more. Each share needs a
+        value of every channel. What is invalid in one process is raised in all.
 
         Args:
             x: the images (B, D, C): B fits, independent but for what is the model's own. Or the items of one image in
@@ -97,18 +109,27 @@ class ClassicalEM(Strategy):
             theta: initial θ (B, K, M), at the model's mixing weights, in place of `initial`.
             weight: how often each item counts, (B, D); not for chunks.
             progress: whether to show a progress bar.
+            distributed: whether `x`, `gamma` and `weight` are this process's share.
 
         Raises:
             ModelError: `x` does not fit the model, or every start collapsed.
             StrategyError: restarts or iterations < 1, restarts > 1 from a given start, or a start or weights of the
-                wrong shape, or no items.
+                wrong shape, or no items; with
+                `distributed`, no process group, or processes that do not fit alike.
 
         Warns:
             ConvergenceWarning: the evidence was still rising by more than tol after the last iteration.
         """
         with torch.no_grad():
             parameters, evidence, converged, _ = self._climb(
-                x, restarts, iterations, gamma=gamma, theta=theta, weight=weight, progress=progress
+                x,
+                restarts,
+                iterations,
+                gamma=gamma,
+                theta=theta,
+                weight=weight,
+                progress=progress,
+                distributed=distributed,
             )
         theta = parameters.theta[0] if self.rule.local else evidence.new_zeros(0, 1, self.model.latent_features)
         dtype = self.model.mixing_logits.dtype
@@ -200,12 +221,26 @@ class ClassicalEM(Strategy):
         theta: Tensor | None = None,
         weight: Tensor | None = None,
         progress: bool = False,
+        distributed: bool = False,
     ) -> tuple[Parameters, Tensor, bool, Items]:
         """The best start's parameters, its evidence (T, B), whether it converged, and the items."""
         iterations = self.iterations if iterations is None else iterations
         check_starts(restarts, iterations, given=gamma is not None or theta is not None)
-        with Progress(iterations, shown=progress) as bar:
-            items, start, count = self._begin(x, restarts, gamma, theta, weight, bar)
+        if distributed:
+            require_group()
+            if not self.divisible:
+                raise StrategyError(f"the items of {type(self).__name__} cannot be divided: use ClassicalEM")
+        with Progress(iterations, shown=progress and (not distributed or rank() == 0)) as bar:
+            try:
+                seen = look(self.model, x, gamma=gamma, theta=theta, weight=weight, local=self.rule.local)
+            except PnemError as error:
+                if distributed:
+                    fail_together(error)
+                raise
+            if distributed:
+                seen = put_together(seen, restarts, iterations, gamma is None, theta is None)
+            items, start = self._begin(seen, restarts, gamma, theta, bar, distributed)
+            count = seen.total
             evidence: list[Tensor] = []
             rise = torch.full((), torch.inf)
             for value, found in self._iterate(items, start, count):
@@ -236,39 +271,30 @@ class ClassicalEM(Strategy):
 
     def _begin(
         self,
-        x: Tensor | Iterable[Tensor],
+        seen: Seen,
         restarts: int,
         gamma: Tensor | None,
         theta: Tensor | None,
-        weight: Tensor | None,
         bar: Progress,
-    ) -> tuple[Items, Parameters, Tensor | int]:
-        """The items, where each start begins, and how many items there are, by weight."""
-        if isinstance(x, Tensor):
-            # Mixing weights per image, if any, are those of images fitted before.
-            self.model.check(x, missing=True, new=theta is None)
-            check_given(self.model, x, gamma=gamma, theta=theta, weight=weight, local=self.rule.local)
-            x = (x if self.rule.local else x.flatten(1).unsqueeze(0)).double()
-            weight = None if weight is None else weight.double().reshape(x.shape[:2])
-            rule = self._make_rule(x, require_channels(x, weight))
-            items = Items(rule, [x], weight)
-            count = x.shape[1] if weight is None else weight.sum(-1)
-            return items, self._start(items, x, restarts, gamma=gamma, theta=theta, weight=weight), count
-        if hasattr(x, "__array__") or not isinstance(x, Iterable):
-            raise StrategyError(
-                f"x must be a tensor (B, D, C), or an iterable of chunks (n, C), but is a {type(x).__name__}: "
-                "torch.as_tensor(x) makes a tensor of an array"
-            )
-        if gamma is not None or weight is not None:
-            raise StrategyError("items in chunks take neither gamma nor weight: leave them out")
-        stream = Stream(x, self.model)
-        found = survey(stream, self.model, local=self.rule.local)
-        if theta is not None:
-            check_given(self.model, found.sample, theta=theta, local=self.rule.local)
-        rule = self._make_rule(found.sample, found.missing)
-        bar.expect(found.size)
-        start = self._start(Items(rule, [found.sample]), found.sample, restarts, theta=theta)
-        return Items(rule, stream, seen=bar.see), start, found.size
+        distributed: bool,
+    ) -> tuple[Items, Parameters]:
+        """The items, and where each start begins."""
+        rule = self._make_rule(seen.sample, seen.missing)
+        streamed = isinstance(seen.chunks, Stream)
+        if streamed:
+            bar.expect(seen.size)
+        sampled = items = Items(rule, [seen.sample], seen.sample_weight)
+        if streamed or distributed:
+            items = Items(rule, seen.chunks, seen.weight, bar.see if streamed else None, shared=distributed)
+        start = self._start(
+            sampled if gamma is None else items,
+            seen.sample,
+            restarts,
+            gamma=gamma,
+            theta=theta,
+            weight=seen.sample_weight,
+        )
+        return items, Parameters(*of_first(tuple(start), seen.sample.device)) if distributed else start
 
     def _start(self, items: Items, x: Tensor, restarts: int, **given: Tensor | None) -> Parameters:
         return first_parameters(self.model, items, x, restarts, self.initial, **given)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pnem.inference.collectives import summed
 from pnem.inference.errors import StrategyError
 from pnem.inference.m_steps import Expectation, MStep, Parameters
 from pnem.models import SpatialMixture
@@ -28,6 +29,7 @@ class Items:
         chunks: a list of one tensor (B, D, C); or a stream of (B, n, C), iterated once per E-step.
         weight: how often each item counts, (B, D); not of a stream.
         seen: is told how many items have been seen.
+        shared: whether they are this process's share of items that are divided among several: sums are then over all.
     """
 
     def __init__(
@@ -36,11 +38,14 @@ class Items:
         chunks: Iterable[Tensor],
         weight: Tensor | None = None,
         seen: Callable[[int], None] | None = None,
+        *,
+        shared: bool = False,
     ):
         self.rule = rule
         self.chunks = chunks
         self.weight = weight
         self.seen = seen
+        self.shared = shared
         self.prepared: list[Tensor] | None = None
         # Where the items of a single chunk, as pieces go through them, stand in it.
         self.order: Tensor | None = None
@@ -89,9 +94,13 @@ class Items:
 
     def expect(self, parameters: Parameters) -> Expectation:
         """The E-step on all items, and log p(θ, π)."""
+        if self.shared:
+            self.rule.agree()
         e_step = self.rule.at(parameters)
         parts = (self.rule.expect(e_step, *piece) for piece in self)
         evidence, statistics = functools.reduce(operator.add, parts)
+        if self.shared:
+            evidence, statistics = summed(evidence), summed(statistics)
         return Expectation(evidence + self.rule.log_prior(parameters), statistics)
 
     def begin(self, gamma: Tensor) -> Tensor:
@@ -106,7 +115,8 @@ class Items:
         for (prepared, weight), part in zip(self, gamma.split(self.rule.piece, -1), strict=True):
             weighted = part if weight is None else part * weight.unsqueeze(-2)
             counted.append(self.rule.begin(prepared)(weighted.permute(0, 2, 1).unsqueeze(2)))
-        return functools.reduce(operator.add, counted)
+        statistics: Tensor = functools.reduce(operator.add, counted)
+        return summed(statistics) if self.shared else statistics
 
 
 def _fit(rule: MStep, x: Tensor) -> bool:

@@ -84,6 +84,9 @@ class MStep(ABC):
         """Told what a pass of `begin` has counted, and None before it: whether to count again, about these means."""
         return False
 
+    def agree(self) -> None:  # noqa: B027
+        """Makes what `at` has learned from prepared items that of all processes, where the items are divided."""
+
     @abstractmethod
     def at(self, parameters: Parameters) -> EStep:
         """The E-step at these parameters."""

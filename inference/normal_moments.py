@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from pnem.inference.collectives import largest
 from pnem.inference.m_steps import Count, EStep, MStep, Parameters, register_m_step
 from pnem.inference.match_moments import MatchMoments
 from pnem.inference.normal_scale_mixtures import NormalScaleMixture
@@ -38,8 +39,8 @@ class NormalMoments(MatchMoments):
 
     def prepare(self, x: Tensor) -> Tensor:  # noqa: D102
         prepared = super().prepare(x)
-        largest = prepared[..., : self.model.num_channels].abs().amax(1)
-        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+        most = prepared[..., : self.model.num_channels].abs().amax(1)
+        self.largest = most if self.largest is None else torch.maximum(self.largest, most)
         return prepared
 
     def begin(self, prepared: Tensor) -> Count:  # noqa: D102
@@ -63,6 +64,10 @@ class NormalMoments(MatchMoments):
         x = prepared[..., :C]
         present = prepared[..., -2 - C : -2] if self.missing else torch.ones_like(x)
         return torch.cat([x, present], -1)
+
+    def agree(self) -> None:  # noqa: D102
+        assert self.largest is not None
+        self.largest = largest(self.largest)
 
     def at(self, parameters: Parameters) -> EStep:  # noqa: D102
         eta, _ = self.family.natural(self.family.translate(parameters.theta, -self.origin))

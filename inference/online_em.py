@@ -63,6 +63,7 @@ class OnlineEM(ClassicalEM):
         self.delay = delay
 
     monotone = False
+    divisible = False
 
     def _iterate(
         self, items: Items, parameters: Parameters, count: Tensor | int

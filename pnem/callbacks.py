@@ -45,7 +45,8 @@ class History(Callback):
         seconds = self._seconds_before + time.perf_counter() - self._start
         row = {name: float(trainer.callback_metrics.get(name, float("nan"))) for name in HISTORY[1:-1]}
         self.rows.append({"epoch": trainer.current_epoch + 1, **row, "seconds": seconds})
-        write_atomically(self.path, self.table.to_csv(index=False).encode())
+        if trainer.is_global_zero:
+            write_atomically(self.path, self.table.to_csv(index=False).encode())
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
         return {"rows": self.rows}
@@ -83,7 +84,7 @@ class CollapseWatch(Callback):
         self._in_a_row = {name: self._in_a_row.get(name, 0) + 1 for name in found}
         lasting = [finding for name, finding in found.items() if self._in_a_row[name] >= self.VALIDATIONS]
         self._warned += [finding.name for finding in lasting]
-        for finding in lasting:
+        for finding in lasting if trainer.is_global_zero else []:
             with _beside(trainer.progress_bar_callback):
                 warnings.warn(CollapseWarning(f"epoch {trainer.current_epoch + 1}: {finding}"), stacklevel=1)
 

@@ -126,6 +126,12 @@ CheckpointingOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DevicesOption = Annotated[
+    int, typer.Option(help="How many devices of this machine share every batch, a process on each.")
+]
+NodesOption = Annotated[
+    int, typer.Option(help="How many machines do: start the command by torchrun --no-python on each of them.")
+]
 
 
 @app.command()
@@ -143,6 +149,8 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Adam's.")] = None,
     seed: FitSeedOption = 0,
     device: DeviceOption = "auto",
+    devices: DevicesOption = 1,
+    nodes: NodesOption = 1,
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
     train_limit: Annotated[int | None, typer.Option(help="Use only the first so many of the training split.")] = None,
     compile: CompileOption = None,  # noqa: A002
@@ -163,6 +171,7 @@ def train(
     import torch
 
     from pnem.data import ImageDataset
+    from pnem.distributed import is_first
     from pnem.presets import find_preset
     from pnem.training import fit
 
@@ -183,11 +192,15 @@ def train(
         start_from=start_from,
         seed=seed,
         device=device,
+        devices=devices,
+        nodes=nodes,
         precision=precision,
         compile="auto" if compile is None else compile,
         activation_checkpointing=activation_checkpointing,
         **settings,
     )
+    if not is_first():
+        return
     best = run.history.iloc[int(run.history["valid_loss"].argmin())]
     ari = "" if math.isnan(best["valid_ari"]) else f", ARI {best['valid_ari']:.3f}"
     unit = "frame" if run.strategy.is_sequential else "image"

@@ -1,12 +1,13 @@
 """Where to compute, and in which precision."""
 
+import os
 from contextlib import AbstractContextManager
 
 import torch
 
 from pnem.errors import DeviceError
 
-__all__ = ["PRECISIONS", "forked_rng", "resolve_device"]
+__all__ = ["PRECISIONS", "forked_rng", "resolve_device", "resolve_devices"]
 
 # Our names, and Lightning's.
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float64": "64-true"}
@@ -38,6 +39,31 @@ def resolve_device(name: str) -> torch.device:
             )
         return torch.device("cuda", device.index or 0)
     return device
+
+
+def resolve_devices(name: str, count: int) -> list[torch.device]:
+    """So many devices of this machine: the one of this name (see `resolve_device`), or the first ones of its kind.
+
+    On a CPU, whose cores the processes share, all are the same.
+
+    Raises:
+        DeviceError: this machine has fewer, or the name is that of a single one.
+
+    >>> resolve_devices("cpu", 1)
+    [device(type='cpu')]
+    """
+    device = resolve_device(name)
+    if count == 1:
+        return [device]
+    if device.type == "cuda" and ":" in name:
+        raise DeviceError(f'{name} is a single device, but devices={count} were asked for: choose "cuda"')
+    cuda = device.type == "cuda"
+    there, kind = (torch.cuda.device_count(), "CUDA devices") if cuda else (os.cpu_count() or 1, "CPU cores")
+    if count > there:
+        raise DeviceError(
+            f"devices={count} were asked for, but this machine has {there} {kind}: choose at most {there}"
+        )
+    return [torch.device("cuda", index) for index in range(count)] if cuda else [device] * count
 
 
 def forked_rng(device: torch.device) -> AbstractContextManager[None]:

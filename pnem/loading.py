@@ -118,13 +118,19 @@ def check_images(model: SpatialMixture, x: Tensor, source: str) -> None:
         raise DataError(f"{source}: {error}") from error
 
 
-def batches(dataset: ImageDataset, batch_size: int, *, shuffle_seed: int | None = None) -> "DataLoader[Batch]":
-    """Batches in order, the last one perhaps smaller; or shuffled anew every epoch, all of the same size."""
+def batches(
+    dataset: ImageDataset, batch_size: int, *, shuffle_seed: int | None = None, share: tuple[int, int] = (0, 1)
+) -> "DataLoader[Batch]":
+    """Batches in order, the last one perhaps smaller; or shuffled anew every epoch, all of the same size.
+
+    With ``share=(rank, processes)`` the batches are those of all processes together, and this one takes its share of
+    each; of a last one that is too small for all, some take none.
+    """
     shuffle = shuffle_seed is not None
     sampler = EpochShuffle(len(dataset), shuffle_seed) if shuffle_seed is not None else SequentialSampler(dataset)
     return DataLoader(
         dataset,
-        batch_sampler=BatchSampler(sampler, batch_size, drop_last=shuffle),
+        batch_sampler=Shares(sampler, batch_size, shuffle, *share),
         collate_fn=_as_it_is,
         # The loader draws a seed for its workers, and would take it from torch's global generator.
         generator=torch.Generator(),
@@ -133,6 +139,23 @@ def batches(dataset: ImageDataset, batch_size: int, *, shuffle_seed: int | None 
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+class Shares(BatchSampler):
+    """Of every batch what falls to one of so many processes."""
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool, rank: int, processes: int):
+        super().__init__(sampler, batch_size, drop_last)
+        self.rank = rank
+        self.processes = processes
+
+    def __len__(self) -> int:
+        size = len(self.sampler)  # type: ignore[arg-type]
+        return size // self.batch_size + (not self.drop_last and size % self.batch_size > self.rank)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        shares = (batch[self.rank :: self.processes] for batch in super().__iter__())
+        return filter(None, shares)
 
 
 class EpochShuffle(Sampler[int]):

@@ -185,7 +185,7 @@ def discard_unfinished(directory: Path) -> bool:
 
 
 # What may differ between a run and its continuation: how long to train, and where.
-_FREE = ("epochs", "patience", "device", "compile", "activation_checkpointing")
+_FREE = ("epochs", "patience", "device", "devices", "nodes", "compile", "activation_checkpointing")
 
 
 def check_resumable(directory: str | Path | None, settings: Settings) -> None:

@@ -40,6 +40,9 @@ class TrainingSettings:
         valid_limit: validate on only that many images; None for all.
         seed: of shuffling, noise and initial γ. (Parameters are initialised before `fit`.)
         device: see `pnem.devices.resolve_device`.
+        devices: how many of them on every machine train together, a process on each: a batch is divided among them, so
+            that loss, steps and schedule are as with one.
+        nodes: how many machines do, with torchrun running on each, and a file system for the run directory in common.
         precision: ``"float32"``, ``"bfloat16"`` (autocast; log-probabilities stay in float32) or ``"float64"``.
         compile: whether to compile one iteration with its loss (``torch.compile``): a slow start, then faster steps.
             ``"auto"``: where the training is long enough for that to pay, and there is a compiler.
@@ -60,6 +63,8 @@ class TrainingSettings:
     valid_limit: int | None = None
     seed: int = 0
     device: str = "auto"
+    devices: int = 1
+    nodes: int = 1
     precision: str = "float32"
     compile: bool | str = "auto"
     truncation: int | None = None
@@ -67,10 +72,29 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         """Raises `RunError` for settings that cannot work."""
-        for name in ("epochs", "batch_size", "patience", "train_limit", "valid_limit", "truncation"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "patience",
+            "train_limit",
+            "valid_limit",
+            "truncation",
+            "devices",
+            "nodes",
+        ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise RunError(f"{name} must be a whole number of at least 1, but is {value!r}")
+        if self.batch_size % self.processes:
+            raise RunError(
+                f"a batch of {self.batch_size} cannot be divided among {self.processes} processes "
+                f"(devices={self.devices}, nodes={self.nodes}): choose a multiple of {self.processes}"
+            )
+        if self.activation_checkpointing and self.processes > 1:
+            raise RunError(
+                f"activation_checkpointing is for a single process, but devices={self.devices}, nodes={self.nodes}: a "
+                "batch divided among them takes less memory as it is; or use truncation"
+            )
         if not 0 < self.learning_rate < math.inf:
             raise RunError(f"learning_rate must be positive and finite, but is {self.learning_rate}")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
@@ -85,6 +109,11 @@ class TrainingSettings:
             raise DeviceError(f"unknown precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
         if self.compile not in (True, False, "auto"):
             raise RunError(f'compile must be True, False or "auto", but is {self.compile!r}')
+
+    @property
+    def processes(self) -> int:
+        """On how many devices together a batch is divided."""
+        return self.devices * self.nodes
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 import contextlib
 import logging
 import math
+import os
 import signal
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ import lightning
 import pandas as pd
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 
 from pnem.callbacks import BestCheckpoint, CollapseWatch, History, Patience, ProgressBar, SafeCheckpointIO
 from pnem.compilation import should_compile
 from pnem.data import ImageDataset
-from pnem.devices import PRECISIONS, forked_rng, resolve_device
+from pnem.devices import PRECISIONS, forked_rng, resolve_devices
+from pnem.distributed import TIMEOUT, check_processes, in_processes, is_first, started_by_torchrun
 from pnem.errors import DataError, RunError
 from pnem.inference import ELBO, NUTS, ClassicalEM, Objective, Strategy
+from pnem.inference.collectives import of_first
 from pnem.loading import Splits, batches, open_splits
 from pnem.memory import check_memory
 from pnem.models import SpatialMixture
@@ -61,6 +66,13 @@ def fit(
 
     The model and the strategy are changed in place. Torch's global random state is left as it was.
 
+    With ``devices=N`` it trains by data parallelism: N processes, one per device, each take their share of every batch,
+    and gradients are averaged, so that without randomness the result is that of one device, to rounding. (Noise, the
+    initial γ and draws of θ are each process's own.) `fit` starts them, waits for them and returns one run; a script
+    must call it under ``if __name__ == "__main__":``, and classes of its own must be in a module. Where torchrun has
+    started the processes, as it must with ``nodes`` > 1, each calls `fit` and each gets the run, but the first alone
+    writes it. Where one process fails, or at Ctrl-C, all end.
+
     Args:
         model: the generative model.
         strategy: the strategy, built on this very model.
@@ -68,18 +80,18 @@ def fit(
         objective: what to minimise; ``ELBO("ramp")`` when None.
         out: the run directory, which must not exist unless `resume`; None keeps the run in memory only.
         resume: whether to continue the run in `out` exactly where its last finished epoch ended; the parts and the
-            settings must be those it was started with, but for `epochs`, `patience`, `device`, `compile` and
-            `activation_checkpointing`. (Other `epochs` stretch a cosine schedule.)
+            settings must be those it was started with, but for `epochs`, `patience`, `device`, `devices`, `nodes`,
+            `compile` and `activation_checkpointing`. (Other `epochs` stretch a cosine schedule.)
         start_from: a run, or its directory, whose weights training begins with, as stages of a curriculum do: of a
             model and a strategy of the same parts, though K may differ.
         progress: whether to show a progress bar.
         **settings: see `TrainingSettings`.
 
     Raises:
-        DataError: the data do not fit the model, or hold fewer images than a batch.
+        DataError: the data do not fit the model, or hold fewer images than a batch, or than processes.
         RunError: `out` exists (without `resume`), is corrupt, or belongs to another model; the weights of `start_from`
             do not fit; there is nothing to train; or the loss is not finite.
-        DeviceError: no such device or precision.
+        DeviceError: no such device or precision, or fewer devices than asked for.
         KeyboardInterrupt: with `out`, the message says how to resume; nothing up to the last epoch is lost.
     """
     if strategy.model is not model:
@@ -97,34 +109,45 @@ def fit(
             "give the images to strategy.infer(x)"
         )
     training = _training_settings(settings)
-    device = resolve_device(training.device)
+    check_processes(training.devices, training.nodes)
+    devices = resolve_devices(training.device, training.devices)
+    # Of processes started here, only the results come to this one, and they go to the first device.
+    device = devices[int(os.environ["LOCAL_RANK"]) if started_by_torchrun() else 0]
     objective = ELBO("ramp") if objective is None else objective
     objective.step_weights(strategy.iterations)
     splits = open_splits(data, ("training", "validation"), strategy, steps=strategy.iterations)
     _check_enough(splits, training)
+    _check_divisible(model, training)
     begun = {} if start_from is None else {"start_from": _name(start_from)}
     described = Settings.describe(model, strategy, objective, asdict(training) | begun, splits)
     with contextlib.ExitStack() as stack:
         if resume:
             check_resumable(out, described)
+        first = is_first()
         if out is None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         else:
-            directory = Path(out) if resume else reserve(out, described)
+            directory = Path(out) if resume or not first else reserve(out, described)
         files = RunFiles.of(directory)
-        stack.enter_context(_quiet_lightning())
         stack.enter_context(forked_rng(device))
         try:
             if start_from is not None and not resume:
                 _take_weights(start_from, model, strategy)
-            history = _train(model, strategy, objective, splits, training, device, files, progress)
+            given = (model, strategy, objective, splits, training, devices, files, progress)
+            if training.processes == 1 or started_by_torchrun():
+                history = _train(*given)
+            else:
+                history = in_processes(devices, _train, *given)
         except BaseException as error:
-            kept = out is not None and (resume or not discard_unfinished(directory))
+            kept = out is not None and (resume or not first or not discard_unfinished(directory))
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(_interrupted(out, files, kept)) from None
             raise
-        load_weights(model, strategy, files.best)
-        if out is not None:
+        if first:
+            load_weights(model, strategy, files.best)
+        if training.processes > 1 and started_by_torchrun():
+            history = _share_first(model, strategy, history)
+        if out is not None and first:
             save_weights(model, strategy, files.weights)
     return Run(model.eval(), strategy.eval(), history, described, None if out is None else directory).to(str(device))
 
@@ -161,6 +184,28 @@ def _check_enough(splits: Splits, training: TrainingSettings) -> None:
             f"the training split has {size} images, fewer than a batch of {training.batch_size}: "
             "use a smaller batch_size"
         )
+    size = len(splits.limited("validation", training.valid_limit))
+    if size < training.processes:
+        raise DataError(
+            f"the validation split has {size} images, fewer than the {training.processes} processes that are to share "
+            "them: use fewer devices, or a larger split"
+        )
+
+
+def _check_divisible(model: SpatialMixture, training: TrainingSettings) -> None:
+    if training.processes > 1 and model.mixing_kind == "learned" and model.mixing_concentration != 1:
+        raise RunError(
+            "a prior on the mixing weights is shared among the images of a batch, and cannot be divided among "
+            f"{training.processes} processes: train on one device, or with mixing_concentration=1"
+        )
+
+
+def _share_first(model: SpatialMixture, strategy: Strategy, history: pd.DataFrame) -> pd.DataFrame:
+    """Gives model and strategy the weights of torchrun's first process, and returns its history."""
+    *states, history = of_first((model.state_dict(), strategy.state_dict(), history))
+    model.load_state_dict(states[0])
+    strategy.load_state_dict(states[1])
+    return history
 
 
 def _train(
@@ -169,7 +214,7 @@ def _train(
     objective: Objective,
     splits: Splits,
     training: TrainingSettings,
-    device: torch.device,
+    devices: list[torch.device],
     files: RunFiles,
     progress: bool,
 ) -> pd.DataFrame:
@@ -183,32 +228,42 @@ def _train(
         files.weights.unlink(missing_ok=True)
     train = splits.limited("training", training.train_limit)
     valid = splits.limited("validation", training.valid_limit)
-    check_memory(strategy, objective, train, training, device)
+    cuda = devices[0].type == "cuda"
+    # Processes on a CPU share its memory.
+    share_of_batch = training.batch_size // (training.processes if cuda else training.nodes)
+    check_memory(strategy, objective, train, replace(training, batch_size=share_of_batch), devices[0])
     history = History(files.history)
-    trainer = lightning.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=[device.index] if device.type == "cuda" else 1,
-        precision=PRECISIONS[training.precision],
-        max_epochs=training.epochs,
-        gradient_clip_val=training.gradient_clip,
-        callbacks=_callbacks(history, training, files, progress),
-        plugins=[SafeCheckpointIO()],
-        logger=False,
-        enable_progress_bar=progress,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-    )
-    steps = training.epochs * (len(train) // training.batch_size)
-    images = steps * training.batch_size * strategy.iterations
-    pixels = images * model.num_components * math.prod(model.decoder.image_shape[:2])
-    compiles = should_compile(training.compile, device, iterations=steps * strategy.iterations, pixels=pixels)
-    module = TrainingModule(model, strategy, objective, training, steps, compile_on=device if compiles else None)
-    loaders = (
-        batches(train, training.batch_size, shuffle_seed=training.seed),
-        batches(valid, training.batch_size),
-    )
-    with _plain_interrupts():
+    plugins: list[Any] = [SafeCheckpointIO()]
+    if training.processes > 1:
+        plugins.append(TorchElasticEnvironment() if started_by_torchrun() else LightningEnvironment())
+    with _plain_interrupts(), _quiet_lightning():
+        trainer = lightning.Trainer(
+            accelerator="gpu" if cuda else "cpu",
+            devices=[device.index for device in devices] if cuda else len(devices),
+            num_nodes=training.nodes,
+            strategy=DDPStrategy(timeout=TIMEOUT, broadcast_buffers=False) if training.processes > 1 else "auto",
+            precision=PRECISIONS[training.precision],
+            max_epochs=training.epochs,
+            gradient_clip_val=training.gradient_clip,
+            callbacks=_callbacks(history, training, files, progress),
+            plugins=plugins,
+            logger=False,
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+        steps = training.epochs * (len(train) // training.batch_size)
+        images = steps * training.batch_size * strategy.iterations
+        pixels = images * model.num_components * math.prod(model.decoder.image_shape[:2])
+        compiles = should_compile(training.compile, devices[0], iterations=steps * strategy.iterations, pixels=pixels)
+        compile_on = devices[0] if compiles else None
+        module = TrainingModule(model, strategy, objective, training, steps, compile_on=compile_on)
+        share = trainer.global_rank, trainer.world_size
+        loaders = (
+            batches(train, training.batch_size, shuffle_seed=training.seed, share=share),
+            batches(valid, training.batch_size, share=share),
+        )
         trainer.fit(module, *loaders, ckpt_path=files.last if resumed else None)
     return history.table
 

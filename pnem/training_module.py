@@ -16,6 +16,7 @@ from pnem.diagnostics import terms_at
 from pnem.diagnostics.symptoms import Symptoms, symptoms
 from pnem.errors import RunError
 from pnem.inference import Objective, State, Strategy
+from pnem.inference.collectives import gathered
 from pnem.loading import check_images
 from pnem.metrics import adjusted_rand_index, mean_and_standard_error
 from pnem.models import SpatialMixture
@@ -26,6 +27,8 @@ __all__ = ["TrainingModule"]
 
 # Between these steps no metric is read, for which a GPU would have to wait.
 CHECK_EVERY = 50
+# Seeds of the processes that train together are far from one another, also in the 32 bits that a CPU's generator takes.
+APART = 0x9E3779B9
 # Validation images of every epoch that are looked at for collapse.
 WATCHED = 500
 
@@ -155,7 +158,7 @@ class TrainingModule(lightning.LightningModule):
         (At the first batch, because making the loaders' iterators draws from the stream as well.)
         """
         if batch_idx == 0:
-            torch.manual_seed(self.training_settings.seed * 1_000_003 + self.current_epoch)
+            self._seed(self.training_settings.seed * 1_000_003 + self.current_epoch)
             self._reset()
         if self.training_settings.truncation is not None:
             self.zero_grad()
@@ -163,7 +166,7 @@ class TrainingModule(lightning.LightningModule):
     def on_validation_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draws the same initial γ in every validation, so that epochs are compared on equal terms."""
         if batch_idx == 0:
-            torch.manual_seed(self.training_settings.seed)
+            self._seed(self.training_settings.seed)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Checks the images while they are in the CPU's memory; raises `DataError`."""
@@ -176,6 +179,9 @@ class TrainingModule(lightning.LightningModule):
         self._train.append(torch.stack([outcome.loss.detach(), outcome.elbo.detach()]))
         if batch_idx % CHECK_EVERY == 0:
             self._require_finite("training", self._train[-1][0])
+        if self.trainer.world_size > 1:
+            # DDP averages the gradients of what takes part here, be they left by an earlier window of frames.
+            return outcome.loss + 0 * torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum()
         return outcome.loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: D102
@@ -195,7 +201,7 @@ class TrainingModule(lightning.LightningModule):
             terms = terms_at(self.strategy, state)
             values = [self.strategy.elbo(state).sum(), *(getattr(terms, name).sum() for name in TERMS)]
             found.append(torch.stack([value.double() for value in values]))
-            if self._valid_images < WATCHED:
+            if self._valid_images * self.trainer.world_size < WATCHED:
                 self._symptoms.append(symptoms(self.model, state, target))
             if groups is not None:
                 ari.append(adjusted_rand_index(groups[t], state.gamma.argmax(-2)))
@@ -207,6 +213,8 @@ class TrainingModule(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the epoch's metrics once, for a log in every step costs as much as a small step."""
+        if self.trainer.world_size > 1:
+            self._gather()
         train_loss, train_elbo = torch.stack(self._train).double().mean(0)
         valid_loss, valid_elbo, *terms = torch.stack(self._valid).sum(0) / self._valid_images
         self._require_finite("training", train_loss)
@@ -249,6 +257,16 @@ class TrainingModule(lightning.LightningModule):
         self._symptoms: list[Symptoms] = []
         self._ari: list[Tensor] = []
         self._valid_images = 0
+
+    def _gather(self) -> None:
+        """What all processes have seen in this epoch in place of what this one has."""
+        for name in ("_train", "_valid", "_symptoms", "_ari"):
+            parts = gathered(getattr(self, name), self.device)
+            setattr(self, name, [value for part in parts for value in part])
+        self._valid_images = sum(gathered(self._valid_images))
+
+    def _seed(self, seed: int) -> None:
+        torch.manual_seed(seed + self.trainer.global_rank * APART)
 
     def _require_finite(self, split: str, loss: Tensor) -> None:
         if not bool(loss.isfinite()):

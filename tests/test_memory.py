@@ -1,5 +1,7 @@
 """The memory of a training step: checkpointed, estimated, and refused where it will not fit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fitting import train, weights
@@ -88,6 +90,11 @@ def test_truncated_and_compiled_checkpointing_train_alike():
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_checkpointing_in_several_processes_is_refused():
+    with pytest.raises(RunError, match="activation_checkpointing is for a single process, but devices=2"):
+        TrainingSettings(activation_checkpointing=True, devices=2)
+
+
 def test_a_training_that_will_not_fit_is_refused_with_what_to_change(tmp_path, monkeypatch):
     monkeypatch.setattr("pnem.memory._free", lambda device: 10_000)
     with pytest.raises(
@@ -108,6 +115,7 @@ def test_validation_memory_does_not_grow_with_the_frames():
         strategy = RNNEM(model, iterations=T, task="prediction")
         x = images().repeat(T + 1, 1, 1, 1)
         step = TrainingModule(model, strategy, ELBO("all"), TrainingSettings(batch_size=BATCH), 10)
+        step.trainer = SimpleNamespace(world_size=1)
         batch = ImageDataset(x.unflatten(2, SHAPE[:2]))[:BATCH]
         with (
             torch.no_grad(),
