@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from pnem.data.streaming import read_ahead
 from pnem.errors import DataError, ModelError
 from pnem.inference import FilteringStrategy, Strategy
 from pnem.models import SpatialMixture
+
+if TYPE_CHECKING:
+    from pnem.resident import DeviceDataset
 
 __all__ = ["Splits", "batches", "check_frames", "check_images", "open_split", "open_splits"]
 
@@ -119,13 +122,15 @@ def check_images(model: SpatialMixture, x: Tensor, source: str) -> None:
         raise DataError(f"{source}: {error}") from error
 
 
-def batches(dataset: ImageDataset, batch_size: int, *, shuffle_seed: int | None = None) -> "DataLoader[Batch]":
+def batches(
+    dataset: "ImageDataset | DeviceDataset", batch_size: int, *, shuffle_seed: int | None = None
+) -> "DataLoader[Batch]":
     """Batches in order, the last one perhaps smaller; or shuffled anew every epoch, all of the same size.
 
     Of a split that is not kept in memory a thread reads the next images while those before them are used; see
     `EpochShuffle` for how it is shuffled.
     """
-    streaming = dataset.streaming
+    streaming = dataset.streaming if isinstance(dataset, ImageDataset) else None
     if shuffle_seed is None:
         sampler: Sampler[int] = SequentialSampler(dataset)
     elif streaming is None:

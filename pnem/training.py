@@ -22,6 +22,7 @@ from pnem.errors import DataError, RunError
 from pnem.inference import ELBO, NUTS, ClassicalEM, Objective, Strategy
 from pnem.loading import Splits, batches, open_splits
 from pnem.models import SpatialMixture
+from pnem.resident import resident
 from pnem.run import Run
 from pnem.run_directory import (
     RunFiles,
@@ -197,8 +198,8 @@ def _train(
     )
     module = TrainingModule(model, strategy, objective, training, training.epochs * (len(train) // training.batch_size))
     loaders = (
-        batches(train, training.batch_size, shuffle_seed=training.seed),
-        batches(valid, training.batch_size),
+        batches(resident(train, device, model, "the training split"), training.batch_size, shuffle_seed=training.seed),
+        batches(resident(valid, device, model, "the validation split"), training.batch_size),
     )
     with _plain_interrupts():
         trainer.fit(module, *loaders, ckpt_path=files.last if resumed else None)

@@ -150,6 +150,11 @@ class ImageDataset(Dataset[Batch]):
         return self._streaming
 
     @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the images where they are stored; batches are float32."""
+        return self._features.dtype
+
+    @property
     def has_groups(self) -> bool:
         """Whether batches come with groups."""
         return self._groups is not None
