@@ -3,16 +3,20 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 
 from pnem.data import Batch, ImageDataset
+from pnem.data.streaming import read_ahead
 from pnem.errors import DataError, ModelError
 from pnem.inference import FilteringStrategy, Strategy
 from pnem.models import SpatialMixture
+
+if TYPE_CHECKING:
+    from pnem.resident import DeviceDataset
 
 __all__ = ["Splits", "batches", "check_frames", "check_images", "open_split", "open_splits"]
 
@@ -119,22 +123,37 @@ def check_images(model: SpatialMixture, x: Tensor, source: str) -> None:
 
 
 def batches(
-    dataset: ImageDataset, batch_size: int, *, shuffle_seed: int | None = None, share: tuple[int, int] = (0, 1)
+    dataset: "ImageDataset | DeviceDataset",
+    batch_size: int,
+    *,
+    shuffle_seed: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> "DataLoader[Batch]":
     """Batches in order, the last one perhaps smaller; or shuffled anew every epoch, all of the same size.
 
     With ``share=(rank, processes)`` the batches are those of all processes together, and this one takes its share of
     each; of a last one that is too small for all, some take none.
+
+    Of a split that is not kept in memory a thread reads the next images while those before them are used; see
+    `EpochShuffle` for how it is shuffled.
     """
-    shuffle = shuffle_seed is not None
-    sampler = EpochShuffle(len(dataset), shuffle_seed) if shuffle_seed is not None else SequentialSampler(dataset)
-    return DataLoader(
+    streaming = dataset.streaming if isinstance(dataset, ImageDataset) else None
+    if shuffle_seed is None:
+        sampler: Sampler[int] = SequentialSampler(dataset)
+    elif streaming is None:
+        sampler = EpochShuffle(len(dataset), shuffle_seed)
+    else:
+        sampler = EpochShuffle(len(dataset), shuffle_seed, block=streaming.block, buffer=streaming.buffer)
+    loader = (DataLoader if streaming is None else _ReadAhead)(
         dataset,
-        batch_sampler=Shares(sampler, batch_size, shuffle, *share),
+        batch_sampler=Shares(sampler, batch_size, shuffle_seed is not None, *share),
         collate_fn=_as_it_is,
         # The loader draws a seed for its workers, and would take it from torch's global generator.
         generator=torch.Generator(),
     )
+    if isinstance(loader, _ReadAhead) and streaming is not None:
+        loader.portion = -(-(streaming.in_order if shuffle_seed is None else streaming.buffer) // batch_size)
+    return loader
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -158,12 +177,36 @@ class Shares(BatchSampler):
         return filter(None, shares)
 
 
-class EpochShuffle(Sampler[int]):
-    """A permutation that depends on the seed and the epoch alone, so that a resumed run repeats none."""
+class _ReadAhead(DataLoader[Batch]):
+    """Batches of a split that stays in its file, of which so many are read together."""
 
-    def __init__(self, size: int, seed: int):
+    portion: int
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        return read_ahead(cast(ImageDataset, self.dataset), cast(BatchSampler, self.batch_sampler), self.portion)
+
+
+class EpochShuffle(Sampler[int]):
+    """A permutation that depends on the seed and the epoch alone, so that a resumed run repeats none.
+
+    All permutations are equally likely; but where there are more images than `buffer`, only what a file can give
+    without reading it many times over: blocks of neighbours in random order, and the images of so many blocks in a row
+    as fill the buffer mixed among each other. An image then meets those of its block more often than others. A batch
+    is still a random draw if the file is in no order, or if its neighbours have no more in common than images of many
+    blocks; a file that is sorted (by class, say) is seen in stretches, and should be shuffled when it is written.
+
+    Args:
+        size: images.
+        seed: of all epochs.
+        block: images that are neighbours in the file and read together.
+        buffer: images, whole blocks of them, within which they are mixed; None for all.
+    """
+
+    def __init__(self, size: int, seed: int, *, block: int = 1, buffer: int | None = None):
         self.size = size
         self.seed = seed
+        self.block = block
+        self.buffer = size if buffer is None else buffer
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -175,4 +218,12 @@ class EpochShuffle(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(self.size, generator=generator).tolist())
+        if self.buffer >= self.size:
+            yield from torch.randperm(self.size, generator=generator).tolist()
+            return
+        blocks = torch.randperm(-(-self.size // self.block), generator=generator)
+        # Of about the same size, lest the last ones be few and badly mixed.
+        for buffer in blocks.tensor_split(-(-len(blocks) * self.block // self.buffer)):
+            images = (buffer[:, None] * self.block + torch.arange(self.block)).flatten()
+            images = images[images < self.size]
+            yield from images[torch.randperm(len(images), generator=generator)].tolist()

@@ -30,6 +30,7 @@ from pnem.inference.collectives import of_first
 from pnem.loading import Splits, batches, open_splits
 from pnem.memory import check_memory
 from pnem.models import SpatialMixture
+from pnem.resident import resident
 from pnem.run import Run
 from pnem.run_directory import (
     RunFiles,
@@ -260,9 +261,14 @@ def _train(
         compile_on = devices[0] if compiles else None
         module = TrainingModule(model, strategy, objective, training, steps, compile_on=compile_on)
         share = trainer.global_rank, trainer.world_size
+        place = trainer.strategy.root_device
+        train_data, valid_data = (
+            resident(part, place, model, f"the {name} split")
+            for part, name in ((train, "training"), (valid, "validation"))
+        )
         loaders = (
-            batches(train, training.batch_size, shuffle_seed=training.seed, share=share),
-            batches(valid, training.batch_size, share=share),
+            batches(train_data, training.batch_size, shuffle_seed=training.seed, share=share),
+            batches(valid_data, training.batch_size, share=share),
         )
         trainer.fit(module, *loaders, ckpt_path=files.last if resumed else None)
     return history.table

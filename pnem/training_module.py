@@ -169,8 +169,9 @@ class TrainingModule(lightning.LightningModule):
             self._seed(self.training_settings.seed)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Checks the images while they are in the CPU's memory; raises `DataError`."""
-        check_images(self.model, batch.x, f"the {'training' if self.trainer.training else 'validation'} split")
+        """Checks the images while they are in the CPU's memory, those on a device having been; raises `DataError`."""
+        if batch.x.device.type == "cpu":
+            check_images(self.model, batch.x, f"the {'training' if self.trainer.training else 'validation'} split")
         return batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: D102

@@ -8,11 +8,8 @@ whatever C is. All boolean, integer and floating dtypes, chunkings and compressi
 
 import operator
 import os
-import posixpath
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import copy
-from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
 import h5py
@@ -23,6 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pnem.data.arrays import array_of, check_arrays, check_finite, check_whole, whole_labels
+from pnem.data.stored import StoredArray, damage_reported, open_file
+from pnem.data.streaming import Streaming, streaming
 from pnem.errors import DataError
 
 __all__ = ["MEMORY_LIMIT", "Batch", "ImageDataset"]
@@ -42,14 +41,16 @@ class ImageDataset(Dataset[Batch]):
     """Images with the true grouping of their pixels, one minibatch at a time.
 
     Arrays and files behave alike. A file is opened at first use, again in every worker process of a ``DataLoader``, and
-    a split is read at once only if it takes at most `memory_limit` bytes; the dataset pickles without its contents.
+    a split is read at once only if it takes at most `memory_limit` bytes; `pnem.loading.batches` streams a larger one,
+    reading whole chunks ahead of time. The dataset pickles without its contents.
     Minibatches come whole, so a ``DataLoader`` needs no collation: ``DataLoader(data, 64, collate_fn=identity)``.
 
     Args:
         features: images, (T, N, H, W, C): a NumPy array, a tensor or an ``h5py.Dataset``.
         groups: the object of each pixel, (T, N, H, W, 1) or (T, N, H, W, C), whole numbers from 0 (not scored).
         limit: use only the first `limit` images.
-        memory_limit: bytes up to which a split stored in a file is kept in memory.
+        memory_limit: bytes up to which a split stored in a file is kept in memory; a larger one is read in pieces that
+            take about as much in all while it is streamed.
 
     Raises:
         DataError: at once for arrays of wrong rank, shape or dtype, for no images and for a limit below 1; when read,
@@ -77,14 +78,18 @@ class ImageDataset(Dataset[Batch]):
     ) -> None:
         self._features = _source(features, "features")
         self._groups = None if groups is None else _source(groups, "groups")
-        self._where = self._features.where if isinstance(self._features, _Stored) else "arrays"
+        self._where = self._features.where if isinstance(self._features, StoredArray) else "arrays"
         check_arrays(self._features, self._groups, self._where)
         T, N, H, W, C = self._features.shape
         self._len = N if limit is None else min(N, check_whole(limit, "limit"))
         self.num_frames: int = T
         self.image_shape: tuple[int, int, int] = (H, W, C)
-        stored = [source for source in (self._features, self._groups) if isinstance(source, _Stored)]
-        if sum(self._len * source.image_bytes for source in stored) <= memory_limit:
+        self._streaming = None
+        stored = [source for source in (self._features, self._groups) if isinstance(source, StoredArray)]
+        image_bytes = sum(source.image_bytes for source in stored)
+        if self._len * image_bytes > memory_limit:
+            self._streaming = streaming(max(source.chunk for source in stored), image_bytes, memory_limit)
+        else:
             for source in stored:
                 source.keep = self._len
 
@@ -112,7 +117,7 @@ class ImageDataset(Dataset[Batch]):
             DataError: if the file is missing, not HDF5 or truncated, if the split or one of its arrays is missing, and
                 as the constructor does.
         """
-        with _open(path) as file, _damage_reported(path):
+        with open_file(path) as file, damage_reported(path):
             parent = file.get(split)
             if not isinstance(parent, h5py.Group):
                 found = sorted(map(str, file))
@@ -140,6 +145,16 @@ class ImageDataset(Dataset[Batch]):
         return first
 
     @property
+    def streaming(self) -> Streaming | None:
+        """How many images to read at a time; None for arrays, and for a split that is kept in memory."""
+        return self._streaming
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the images where they are stored; batches are float32."""
+        return self._features.dtype
+
+    @property
     def has_groups(self) -> bool:
         """Whether batches come with groups."""
         return self._groups is not None
@@ -161,19 +176,26 @@ class ImageDataset(Dataset[Batch]):
         if ((index < -len(self)) | (index >= len(self))).any():
             raise IndexError(f"indices {index.min()} to {index.max()} asked of a dataset of {len(self)} images")
         index %= len(self)
+        features = _take(self._features, index)
+        return self.batch_of(index, features, None if self._groups is None else _take(self._groups, index))
+
+    def read(self, start: int, stop: int) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """Features and groups (T, n, H, W, C) of neighbouring images, in the dtype that they are stored in."""
+        features = _read(self._features, start, stop)
+        return features, None if self._groups is None else _read(self._groups, start, stop)
+
+    def batch_of(self, index: NDArray[np.intp], features: NDArray[Any], groups: NDArray[Any] | None) -> Batch:
+        """The batch of what was read of the images `index`."""
         H, W, C = self.image_shape
         shape = (len(index), H * W) if self.num_frames == 1 else (self.num_frames, len(index), H * W)
-
-        features = _take(self._features, index)
         with np.errstate(over="ignore", invalid="ignore"):
             x = features.astype(np.float32)
         if features.dtype.kind == "f":
             check_finite(x, index, self._where)
-        groups = None
-        if self._groups is not None:
-            labels = whole_labels(_take(self._groups, index), index, self._where)
-            groups = torch.from_numpy(labels.reshape(shape))
-        return Batch(torch.from_numpy(x.reshape(*shape, C)), groups)
+        labels = None
+        if groups is not None:
+            labels = torch.from_numpy(whole_labels(groups, index, self._where).reshape(shape))
+        return Batch(torch.from_numpy(x.reshape(*shape, C)), labels)
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.image_shape))
@@ -181,77 +203,13 @@ class ImageDataset(Dataset[Batch]):
         return f"ImageDataset({len(self)} images of {size}, {frames}, {'with' if self.has_groups else 'no'} groups)"
 
 
-class _Stored:
-    """An array in a file, named by file and path, so that it pickles; every process opens the file for itself."""
-
-    def __init__(self, dataset: h5py.Dataset) -> None:
-        self.path = os.path.abspath(dataset.file.filename)
-        self.name: str = dataset.name
-        self.where = f"{self.path}, split {posixpath.dirname(self.name).lstrip('/')!r}"
-        self.shape: tuple[int, ...] = dataset.shape or ()
-        self.dtype: np.dtype[Any] = dataset.dtype
-        self.keep = 0
-        self._kept: NDArray[Any] | None = None
-        self._dataset, self._process = dataset, os.getpid()
-
-    @property
-    def image_bytes(self) -> int:
-        return self.dtype.itemsize * int(np.prod(self.shape)) // self.shape[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_dataset": None, "_kept": None}
-
-    def _opened(self) -> h5py.Dataset:
-        # A handle that was open at a fork shares its file descriptor with the parent process.
-        if not self._dataset or self._process != os.getpid():
-            dataset = _open(self.path).get(self.name)
-            if getattr(dataset, "shape", None) != self.shape or dataset.dtype != self.dtype:
-                raise DataError(f"{self.path}, {self.name} has changed since it was opened: make the dataset again")
-            self._dataset, self._process = dataset, os.getpid()
-        return self._dataset
-
-    def take(self, index: NDArray[np.intp]) -> NDArray[Any]:
-        with _damage_reported(self.where):
-            if self.keep and self._kept is None:
-                self._kept = self._opened()[:, : self.keep]
-            if self._kept is not None:
-                return self._kept[:, index]
-            # HDF5 selects a list of images slowly (a second for 64 sequences), so each run of neighbours is one slice.
-            unique, inverse = np.unique(index, return_inverse=True)
-            images = np.empty((self.shape[0], len(unique), *self.shape[2:]), self.dtype)
-            bounds = [0, *(np.flatnonzero(np.diff(unique) > 1) + 1).tolist(), len(unique)]
-            dataset = self._opened()
-            for start, stop in pairwise(bounds):
-                images[:, start:stop] = dataset[:, unique[start] : unique[stop - 1] + 1]
-            return images[:, inverse]
+def _source(value: ArrayLike | Tensor | h5py.Dataset, name: str) -> NDArray[Any] | StoredArray:
+    return StoredArray(value) if isinstance(value, h5py.Dataset) else array_of(value, name)
 
 
-def _open(path: str | os.PathLike[str]) -> h5py.File:
-    try:
-        return h5py.File(path, "r")
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist: give an HDF5 file, or write one with pnem data") from error
-    except IsADirectoryError as error:
-        raise DataError(f"{path} is a folder: give an HDF5 file in it") from error
-    except OSError as error:
-        if os.path.isfile(path) and os.access(path, os.R_OK) and not h5py.is_hdf5(path):
-            raise DataError(f"{path} is not an HDF5 file: give one in the N-EM layout, see write_hdf5") from error
-        raise DataError(f"{path} cannot be opened ({error}): if it is truncated or damaged, get it again") from error
+def _take(source: NDArray[Any] | StoredArray, index: NDArray[np.intp]) -> NDArray[Any]:
+    return source.take(index) if isinstance(source, StoredArray) else source[:, index]
 
 
-@contextmanager
-def _damage_reported(source: object) -> Iterator[None]:
-    try:
-        yield
-    except DataError:
-        raise
-    except (KeyError, OSError, RuntimeError, ValueError) as error:
-        raise DataError(f"{source} cannot be read ({error}): the file is damaged, get it again") from error
-
-
-def _source(value: ArrayLike | Tensor | h5py.Dataset, name: str) -> NDArray[Any] | _Stored:
-    return _Stored(value) if isinstance(value, h5py.Dataset) else array_of(value, name)
-
-
-def _take(source: NDArray[Any] | _Stored, index: NDArray[np.intp]) -> NDArray[Any]:
-    return source.take(index) if isinstance(source, _Stored) else source[:, index]
+def _read(source: NDArray[Any] | StoredArray, start: int, stop: int) -> NDArray[Any]:
+    return source.read(start, stop) if isinstance(source, StoredArray) else source[:, start:stop]
