@@ -19,7 +19,9 @@ def bench(
         typer.Option(help="Only this part: steps, pyro, fit, growth or mixtures. May be given several times."),
     ] = None,
     small: Annotated[bool, typer.Option("--small", help="Everything tiny, to see that all runs.")] = False,
-    repetitions: Annotated[int, typer.Option(help="Times that everything is timed.")] = 7,
+    repetitions: Annotated[
+        int | None, typer.Option(help="Times that everything is timed; 7 by default, 2 if small.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Of the CPU; torch's own number by default.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, images and noise.", min=0, max=2**32 - 1)] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all numbers to this file.")] = None,

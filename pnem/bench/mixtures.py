@@ -16,7 +16,7 @@ from pnem.bench.report import Row
 from pnem.inference import ClassicalEM, ConvergenceWarning
 from pnem.models import MultivariateNormal, SpatialMixture, decoders
 
-__all__ = ["MixtureSize", "time_mixtures"]
+__all__ = ["MixtureSize", "classical_em", "items", "scikit_learn", "time_mixtures"]
 
 
 class MixtureSize(NamedTuple):
@@ -31,10 +31,7 @@ class MixtureSize(NamedTuple):
 
 def time_mixtures(size: MixtureSize, *, repetitions: int, device: torch.device, seed: int) -> Iterator[Row]:
     """Rows for full and diagonal covariances, in double precision; every fit includes its set-up."""
-    rng = np.random.default_rng(seed)
-    level = 3 * rng.normal(size=(size.K, size.C))
-    x = rng.normal(size=(size.items, size.C)) + level[rng.integers(0, size.K, size.items)]
-    gamma = np.eye(size.K)[rng.integers(0, size.K, size.items)]
+    x, gamma = items(size, seed)
     with threadpool_limits(torch.get_num_threads()), warnings.catch_warnings():
         # All do so many iterations, converged or not.
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -43,22 +40,30 @@ def time_mixtures(size: MixtureSize, *, repetitions: int, device: torch.device, 
             yield from _time(covariance, x, gamma, size, repetitions, device)
 
 
+def items(size: MixtureSize, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items (N, C) around K centres, and random responsibilities (N, K) of one component each to start from."""
+    rng = np.random.default_rng(seed)
+    centres = 3 * rng.normal(size=(size.K, size.C))
+    x = rng.normal(size=(size.items, size.C)) + centres[rng.integers(0, size.K, size.items)]
+    return x, np.eye(size.K)[rng.integers(0, size.K, size.items)]
+
+
 def _time(
     covariance: str, x: np.ndarray, gamma: np.ndarray, size: MixtureSize, repetitions: int, device: torch.device
 ) -> Iterator[Row]:
     section = (
         f"classical EM, {covariance} covariances\n{size.items:,} × {size.C}, K {size.K}, {size.iterations} iterations"
     )
-    em = _classical_em(covariance, size, device)
-    items, start = (torch.from_numpy(value).to(device) for value in (x, gamma))
+    em = classical_em(covariance, size, device)
+    given, start = (torch.from_numpy(value).to(device) for value in (x, gamma))
     fits: dict[str, Callable[[], object]] = {
-        "pnem": lambda: em.fit(items[None], gamma=start.T[None]).elbo_trace.cpu(),
-        "scikit-learn": lambda: _scikit_learn(covariance, gamma, size).fit(x),
+        "pnem": lambda: em.fit(given[None], gamma=start.T[None]).elbo_trace.cpu(),
+        "scikit-learn": lambda: scikit_learn(covariance, gamma, size).fit(x),
     }
     theirs = _pomegranate(covariance, torch.from_numpy(x), torch.from_numpy(gamma), size)
     if theirs is not None:
         fits["pomegranate"] = theirs
-    few = items[None, : max(size.items // 20, size.K + 1)]
+    few = given[None, : max(size.items // 20, size.K + 1)]
     starts: dict[str, Callable[[], object]] = {
         "batch": lambda: em.fit(few, restarts=size.restarts).elbo_trace.cpu(),
         "one by one": lambda: [em.fit(few).elbo_trace.cpu() for _ in range(size.restarts)],
@@ -70,8 +75,7 @@ def _time(
         if name not in fits:
             yield Row(section, name, None, note="not installed: pip install pomegranate")
             continue
-        others = [other for other in fits if other != name]
-        speeds = {other: Spread.of(seconds[other] / seconds[name]) for other in others}
+        speeds = {other: Spread.of(seconds[other] / seconds["pnem"]) for other in fits if name == "pnem" != other}
         yield Row(section, name, Spread.of(1000 * seconds[name]), speeds=speeds)
     speeds = {"one by one": Spread.of(several["one by one"] / several["batch"])}
     note = f"{few.shape[1]:,} items"
@@ -80,14 +84,16 @@ def _time(
     )
 
 
-def _classical_em(covariance: str, size: MixtureSize, device: torch.device) -> ClassicalEM:
+def classical_em(covariance: str, size: MixtureSize, device: torch.device) -> ClassicalEM:
+    """pnem's, in double precision."""
     likelihood = MultivariateNormal(covariance)
     decoder = decoders.Constant(likelihood.num_parameters(size.C))
     model = SpatialMixture(decoder, likelihood, size.K, mixing="learned").double().to(device)
     return ClassicalEM(model, iterations=size.iterations, tol=0)
 
 
-def _scikit_learn(covariance: str, gamma: np.ndarray, size: MixtureSize) -> GaussianMixture:
+def scikit_learn(covariance: str, gamma: np.ndarray, size: MixtureSize) -> GaussianMixture:
+    """scikit-learn's, from responsibilities (N, K)."""
     kind = {"diagonal": "diag"}.get(covariance, covariance)
     mixture = GaussianMixture(size.K, covariance_type=kind, max_iter=size.iterations, tol=0)
     # It has no public way to start from responsibilities.

@@ -30,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compiled, bfloat16": {"precision": "bfloat16", "compile": True},
 }
 """Settings of `pnem.fit` that steps are timed under: a new way of compiling is one more line here."""
-BY_HAND = "by hand, eager"
+BY_HAND = "by hand"
 # Rounds, beside the first.
 WARM_UP = 1
 
@@ -115,7 +115,7 @@ def time_case(
             speeds={
                 other: Spread.of(seconds[other] / seconds[variant])
                 for other in ("eager", BY_HAND)
-                if other in steps and other != variant
+                if variant in VARIANTS and other in steps and other != variant
             },
             images_per_second=count / median,
             share=share,

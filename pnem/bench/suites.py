@@ -110,7 +110,7 @@ def run(
     device: str | None = None,
     small: bool = False,
     only: Collection[str] = (),
-    repetitions: int = 7,
+    repetitions: int | None = None,
     threads: int | None = None,
     seed: int = 0,
     say: Callable[[str], object] | None = None,
@@ -124,7 +124,7 @@ def run(
         device: the suite's own when None: ``"cuda"`` for the gpu suite, which ``"cpu"`` runs on the CPU.
         small: everything tiny, to see that all runs.
         only: names in `PARTS`; all when empty.
-        repetitions: rounds, in each of which all that is compared is timed once.
+        repetitions: rounds, in each of which all that is compared is timed once; 7 when None, or 2 if `small`.
         threads: of the CPU; torch's own number when None.
         seed: of weights, images and noise.
         say: told of every row as soon as it is there.
@@ -141,7 +141,7 @@ def run(
     for name, value in (("repetitions", repetitions), ("threads", threads)):
         if value is not None and value < 1:
             raise RunError(f"{name} must be at least 1, but is {value}")
-    chosen = _device(suite, device)
+    chosen, repetitions = _device(suite, device), repetitions or (2 if small else 7)
     scale = _small(SUITES[suite]) if small else SUITES[suite]
     setting, threads_before = Setting(repetitions, chosen, seed), torch.get_num_threads()
     hardware = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else _processor()
