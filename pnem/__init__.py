@@ -24,7 +24,18 @@ __version__ = version("pnem")
 
 # Lightning, Matplotlib and ArviZ load when what needs them is first used.
 _HOMES = {"fit": "pnem.training", "Run": "pnem.run", "load": "pnem.run"}
-_MODULES = ("data", "diagnostics", "errors", "estimators", "inference", "metrics", "models", "plots", "presets")
+_MODULES = (
+    "bench",
+    "data",
+    "diagnostics",
+    "errors",
+    "estimators",
+    "inference",
+    "metrics",
+    "models",
+    "plots",
+    "presets",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from pnem import __version__
 from pnem.animate_command import animate
+from pnem.bench_command import bench
 from pnem.compare_command import compare
 from pnem.data_command import data_app
 from pnem.diagnose_command import diagnose
@@ -337,6 +338,7 @@ app.command()(animate)
 app.command()(em)
 app.command()(compare)
 app.command()(generalise)
+app.command()(bench)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from pnem.errors import DeviceError
 
-__all__ = ["compiled", "should_compile"]
+__all__ = ["compiled", "missing_compiler", "should_compile"]
 
 # Compiling takes half a minute, once. It saves 25 to 35 ns for every pixel, component and iteration on a CPU, and has
 # paid for itself after so many; on a GPU, whose small operations wait for their launches, milliseconds an iteration.
@@ -38,7 +39,7 @@ def should_compile(asked: bool | str, device: torch.device, *, iterations: int, 
             return False
     elif not asked:
         return False
-    missing = _missing_compiler(device)
+    missing = missing_compiler(device)
     if missing is None:
         return True
     if asked == "auto":
@@ -50,11 +51,11 @@ def should_compile(asked: bool | str, device: torch.device, *, iterations: int, 
     raise DeviceError(f"compile=True, but {missing}; or leave compile out")
 
 
-def _missing_compiler(device: torch.device) -> str | None:
+def missing_compiler(device: torch.device) -> str | None:
     """What torch.compile lacks on this device, and what to do; None where it lacks nothing."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "there is no Triton, which torch compiles for GPUs with: install the package triton"
-    compiler = os.environ.get("CXX", "g++")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         return f"there is no C++ compiler {compiler}: install one, or name yours in the environment variable CXX"
     return None

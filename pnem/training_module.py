@@ -180,7 +180,7 @@ class TrainingModule(lightning.LightningModule):
         self._train.append(torch.stack([outcome.loss.detach(), outcome.elbo.detach()]))
         if batch_idx % CHECK_EVERY == 0:
             self._require_finite("training", self._train[-1][0])
-        if self.trainer.world_size > 1:
+        if self.training_settings.processes > 1:
             # DDP averages the gradients of what takes part here, be they left by an earlier window of frames.
             return outcome.loss + 0 * torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum()
         return outcome.loss
@@ -202,7 +202,7 @@ class TrainingModule(lightning.LightningModule):
             terms = terms_at(self.strategy, state)
             values = [self.strategy.elbo(state).sum(), *(getattr(terms, name).sum() for name in TERMS)]
             found.append(torch.stack([value.double() for value in values]))
-            if self._valid_images * self.trainer.world_size < WATCHED:
+            if self._valid_images * self.training_settings.processes < WATCHED:
                 self._symptoms.append(symptoms(self.model, state, target))
             if groups is not None:
                 ari.append(adjusted_rand_index(groups[t], state.gamma.argmax(-2)))
@@ -214,7 +214,7 @@ class TrainingModule(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the epoch's metrics once, for a log in every step costs as much as a small step."""
-        if self.trainer.world_size > 1:
+        if self.training_settings.processes > 1:
             self._gather()
         train_loss, train_elbo = torch.stack(self._train).double().mean(0)
         valid_loss, valid_elbo, *terms = torch.stack(self._valid).sum(0) / self._valid_images

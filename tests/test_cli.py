@@ -58,6 +58,7 @@ def test_version_and_help():
         ["diagnose"],
         ["animate"],
         ["compare"],
+        ["bench"],
         ["demo"],
     ):
         assert "Example: pnem" in call(*command, "--help").replace("`", "")

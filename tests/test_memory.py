@@ -1,7 +1,5 @@
 """The memory of a training step: checkpointed, estimated, and refused where it will not fit."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from fitting import train, weights
@@ -115,7 +113,6 @@ def test_validation_memory_does_not_grow_with_the_frames():
         strategy = RNNEM(model, iterations=T, task="prediction")
         x = images().repeat(T + 1, 1, 1, 1)
         step = TrainingModule(model, strategy, ELBO("all"), TrainingSettings(batch_size=BATCH), 10)
-        step.trainer = SimpleNamespace(world_size=1)
         batch = ImageDataset(x.unflatten(2, SHAPE[:2]))[:BATCH]
         with (
             torch.no_grad(),
