@@ -189,11 +189,12 @@ class _ReadAhead(DataLoader[Batch]):
 class EpochShuffle(Sampler[int]):
     """A permutation that depends on the seed and the epoch alone, so that a resumed run repeats none.
 
-    All permutations are equally likely; but where there are more images than `buffer`, only what a file can give
-    without reading it many times over: blocks of neighbours in random order, and the images of so many blocks in a row
-    as fill the buffer mixed among each other. An image then meets those of its block more often than others. A batch
-    is still a random draw if the file is in no order, or if its neighbours have no more in common than images of many
-    blocks; a file that is sorted (by class, say) is seen in stretches, and should be shuffled when it is written.
+    Any permutation is as likely as any other, unless there are more images than `buffer`. Then it is one that a file
+    gives with every block read once: blocks of neighbours in random order, and the images of as many in a row as fill
+    the buffer in random order among each other. A buffer is then a random draw of blocks, not of images: where
+    neighbours in the file are alike (it is sorted by class, say) its composition varies as that of so few draws, and
+    the file should be shuffled when it is written. Where they have nothing in common, all that is lost is that images
+    of one block come in one buffer in every epoch.
 
     Args:
         size: images.

@@ -296,12 +296,12 @@ def test_memory_does_not_grow_and_stays_near_the_limit(path):
     assert peaks[-1][0] - peaks[2][0] < 20_000
 
 
-def binary_file(path: Path, count: int = 28) -> Path:
-    features, groups = (array.numpy().astype("uint8") for array in binary_arrays(count))
+def binary_file(path: Path, chunk: int = 3) -> Path:
+    features, groups = (array.numpy().astype("uint8") for array in binary_arrays())
     with h5py.File(path, "w") as file:
         for split in ("training", "validation"):
             for name, array in (("features", features), ("groups", groups)):
-                file.create_dataset(f"{split}/{name}", data=array, chunks=(1, 3, 3, 4, 1), compression="gzip")
+                file.create_dataset(f"{split}/{name}", data=array, chunks=(1, chunk, 3, 4, 1), compression="gzip")
     return path
 
 
@@ -317,10 +317,10 @@ class Interrupting(ImageDataset):
         return super().batch_of(*args)
 
 
-def streamed(path: Path, kind: type[ImageDataset] = ImageDataset, limit: int = 0) -> dict[str, ImageDataset]:
+def streamed(path: Path, kind: type[ImageDataset] = ImageDataset) -> dict[str, ImageDataset]:
     return {
-        "training": kind.from_hdf5(path, "training", memory_limit=limit),
-        "validation": ImageDataset.from_hdf5(path, "validation", memory_limit=limit),
+        "training": kind.from_hdf5(path, "training", memory_limit=0),
+        "validation": ImageDataset.from_hdf5(path, "validation", memory_limit=0),
     }
 
 
@@ -338,18 +338,15 @@ def test_an_interrupted_and_resumed_training_ends_as_an_uninterrupted_one(tmp_pa
 
 
 def test_a_training_on_what_fits_in_the_buffer_is_that_on_images_in_memory(path):
-    binary_file(path)
-    # (A split of 28 images of 24 bytes, of which a quarter of the limit holds all, were it not for one byte.)
-    data = streamed(path, limit=0)
-    for dataset in data.values():
-        dataset._streaming = dataset.streaming._replace(buffer=30)
-    memory = {name: ImageDataset(*binary_arrays(28)) for name in ("training", "validation")}
+    data = streamed(binary_file(path, chunk=7))
+    assert all(dataset.streaming.buffer == len(dataset) for dataset in data.values())
+    memory = {name: ImageDataset(*binary_arrays()) for name in data}
     assert_same_run(train(data=data), train(data=memory))
 
 
 def test_an_error_in_the_thread_ends_a_training_and_the_thread(tmp_path, path):
     binary_file(path)
-    data = streamed(path) | {"training": opened(path)}
+    data = streamed(path)
     with h5py.File(path) as file:
         start = file["training/groups"].id.get_chunk_info(8).byte_offset
     with path.open("r+b") as raw:
