@@ -19,8 +19,6 @@ from pnem.inference import ELBO, RNNEM, BitFlip, ClassicalEM, OnlineEM, collecti
 from pnem.models import Bernoulli, MultivariateNormal, Normal, Poisson, SpatialMixture, StudentT, decoders
 from pnem.run import Run
 
-SEEDS = {"training": 1, "validation": 2}
-
 
 class LearnedStart(RNNEM):
     """Begins at a θ of its own, which only the first window of a truncated unroll uses."""
@@ -154,7 +152,7 @@ def em_fit(case: str, data: dict[str, Any], **settings: Any) -> tuple[torch.Tens
         data = {"x": list(data["x"][0].split(20)), "theta": em_start(model)}
     elif case == "factors":
         data = {"x": data["x"].unsqueeze(-1)}
-    fit = ClassicalEM(model, iterations=20, tol=0.0).fit(**data, **settings)
+    fit = ClassicalEM(model, iterations=6, tol=0.0).fit(**data, **settings)
     return fit.theta, fit.elbo_trace, *model.state_dict().values()
 
 

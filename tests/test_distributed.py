@@ -28,8 +28,8 @@ two_cores = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two processes 
 
 
 @pytest.fixture(autouse=True)
-def _within_two_minutes():
-    with within(400):
+def _no_hanging(request):
+    with within(600 if request.node.get_closest_marker("slow") else 200):
         yield
     assert not multiprocessing.active_children()
 
@@ -187,7 +187,7 @@ def torchrun(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[s
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     return subprocess.run(
-        [*command, *map(str, arguments)], cwd=cwd, env=environment, timeout=100, capture_output=True, text=True
+        [*command, *map(str, arguments)], cwd=cwd, env=environment, timeout=250, capture_output=True, text=True
     )
 
 
@@ -209,7 +209,7 @@ def test_under_torchrun_every_process_gets_the_run_and_the_first_writes_it(tmp_p
     again = torchrun("script.py", tmp_path / "run", tmp_path / "found", cwd=tmp_path)
     assert again.returncode != 0
     assert "exists already" in again.stderr
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 200
 
 
 @pytest.mark.slow
@@ -223,7 +223,7 @@ def test_the_command_trains_on_two_devices(tmp_path):
         [*command, *options, "--devices", "2"],
         cwd=tmp_path,
         env=environment,
-        timeout=100,
+        timeout=250,
         capture_output=True,
         text=True,
     )
