@@ -1,8 +1,9 @@
 """The memory of a training step: checkpointed, estimated, and refused where it will not fit."""
 
+import psutil
 import pytest
 import torch
-from fitting import train, weights
+from fitting import arrays, splits, train, weights
 
 from pnem.data import ImageDataset
 from pnem.errors import RunError
@@ -126,3 +127,23 @@ def test_validation_memory_does_not_grow_with_the_frames():
                 peak_ = max(peak_, held)
         largest.append(peak_)
     assert largest[1] == pytest.approx(largest[0], rel=0.25)
+
+
+class Watched(ImageDataset):
+    """Images that note the memory of this process whenever a batch is asked for."""
+
+    def __init__(self):
+        super().__init__(*arrays(8000))
+        self.resident: list[int] = []
+
+    def __getitems__(self, indices):
+        self.resident.append(psutil.Process().memory_info().rss)
+        return super().__getitems__(indices)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_ten_thousand_steps():
+    data = Watched()
+    train(data=splits() | {"training": data}, epochs=10, patience=None)
+    steps = data.resident[-10_000:]
+    assert max(steps[9_000:]) - max(steps[1_000:2_000]) < 4 * 2**20
