@@ -36,6 +36,7 @@ class Work(NamedTuple):
 def count_work(step: Callable[[], object]) -> Work:
     """Counts what an eager (not compiled) call does.
 
+    >>> import torch
     >>> layer, x = torch.nn.Linear(30, 20, bias=False), torch.ones(5, 30)
     >>> count_work(lambda: layer(x))
     Work(flops=6000, bytes=3400)
