@@ -123,7 +123,7 @@ CompileOption = Annotated[
 CheckpointingOption = Annotated[
     bool,
     typer.Option(
-        "--activation-checkpointing", help="Less memory (√T iterations in place of T) for steps a third longer."
+        "--activation-checkpointing", help="Less memory (√T iterations in place of T) for one more pass forwards."
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

@@ -49,7 +49,7 @@ class TrainingSettings:
         truncation: the frames of sequences, or iterations on images, over which gradients flow back: after so many the
             state is taken as given, and what led to it is freed (truncated backpropagation through time); None for all.
         activation_checkpointing: whether to keep only every √T-th of the T iterations, and compute those between again
-            on the way back: the same gradients, memory that grows as √T, steps that take about a third longer.
+            on the way back: the same gradients and memory that grows as √T, for one more pass forwards.
     """
 
     epochs: int = 20
