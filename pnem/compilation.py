@@ -16,8 +16,9 @@ from pnem.errors import DeviceError
 __all__ = ["compiled", "missing_compiler", "should_compile"]
 
 # Compiling takes half a minute, once. It saves 25 to 35 ns for every pixel, component and iteration on a CPU, and has
-# paid for itself after so many; on a GPU, whose small operations wait for their launches, milliseconds an iteration.
-WORTH_IT_ON_A_CPU = 2e9
+# paid for itself after about so many; on a GPU, where small operations wait for their launches, milliseconds an
+# iteration.
+WORTH_IT_ON_A_CPU = 1.5e9
 WORTH_IT_ON_A_GPU = 40_000
 
 

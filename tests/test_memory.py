@@ -1,5 +1,9 @@
 """The memory of a training step: checkpointed, estimated, and refused where it will not fit."""
 
+import functools
+import itertools
+from collections.abc import Callable
+
 import psutil
 import pytest
 import torch
@@ -34,16 +38,16 @@ def module(T: int, strategy: str = "rnn-em", **settings) -> TrainingModule:
     return TrainingModule(*pair(T, strategy), ELBO("all"), TrainingSettings(batch_size=BATCH, **settings), 10)
 
 
-def peak(step: TrainingModule, x: torch.Tensor) -> int:
-    """The largest sum of bytes that a step allocates, by the profiler's record of every allocation."""
+def peak(function: Callable[[], object]) -> int:
+    """The largest sum of bytes that a call allocates, by the profiler's record of every allocation."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        (step.stepwise_outcome(x) if step.stepwise else step.outcome(x)).loss.backward()
-    held = largest = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            largest = max(largest, held)
-    return largest
+        function()
+    events = profiler.profiler.kineto_results.events()
+    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+def peak_of_step(step: TrainingModule, x: torch.Tensor) -> int:
+    return peak(lambda: (step.stepwise_outcome(x) if step.stepwise else step.outcome(x)).loss.backward())
 
 
 @pytest.mark.parametrize("strategy", ["rnn-em", "iterative-vi"])
@@ -64,7 +68,7 @@ def test_checkpointing_changes_no_gradient(strategy, T):
 def test_checkpointed_memory_grows_as_the_root_of_the_iterations():
     x = images()
     plain, checkpointed = (
-        [peak(module(T, activation_checkpointing=flag), x) for T in (9, 36)] for flag in (False, True)
+        [peak_of_step(module(T, activation_checkpointing=flag), x) for T in (9, 36)] for flag in (False, True)
     )
     assert plain[1] / plain[0] == pytest.approx(4, rel=0.1)
     assert checkpointed[1] / checkpointed[0] == pytest.approx(2, rel=0.15)
@@ -75,7 +79,7 @@ def test_checkpointed_memory_grows_as_the_root_of_the_iterations():
 def test_the_estimate_is_within_a_quarter_of_what_a_step_takes(settings):
     step = module(12, **settings)
     estimate = estimate_memory(step.strategy, step.objective, images(), step.training_settings)
-    assert estimate.activations == pytest.approx(peak(step, images()), rel=0.25)
+    assert estimate.activations == pytest.approx(peak_of_step(step, images()), rel=0.25)
     assert estimate.parameters == 4 * 4 * sum(p.numel() for p in step.parameters())
 
 
@@ -115,17 +119,8 @@ def test_validation_memory_does_not_grow_with_the_frames():
         x = images().repeat(T + 1, 1, 1, 1)
         step = TrainingModule(model, strategy, ELBO("all"), TrainingSettings(batch_size=BATCH), 10)
         batch = ImageDataset(x.unflatten(2, SHAPE[:2]))[:BATCH]
-        with (
-            torch.no_grad(),
-            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler,
-        ):
-            step.validation_step(batch, 0)
-        held = peak_ = 0
-        for event in profiler.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                peak_ = max(peak_, held)
-        largest.append(peak_)
+        with torch.no_grad():
+            largest.append(peak(functools.partial(step.validation_step, batch, 0)))
     assert largest[1] == pytest.approx(largest[0], rel=0.25)
 
 
