@@ -9,6 +9,7 @@ from torch import Tensor
 from pnem.inference.checks import best_starts, check_starts, require_images
 from pnem.inference.errors import StrategyError
 from pnem.inference.noise import Noise
+from pnem.inference.places import clustered_places
 from pnem.inference.posterior import Posterior, State
 from pnem.inference.strategy import Strategy
 from pnem.models import SpatialMixture
@@ -17,6 +18,7 @@ from pnem.models.parameters import register_parameters
 __all__ = ["FilteringStrategy"]
 
 TASKS = "static", "denoising", "prediction"
+INITIAL = "random", "k-means"
 
 
 class FilteringStrategy(Strategy):
@@ -38,10 +40,13 @@ class FilteringStrategy(Strategy):
     Args:
         model: the generative model.
         task: ``"static"``, ``"denoising"`` or ``"prediction"``.
+        initial: the γ to start from: ``"random"``, as in the original; or ``"k-means"``: clusters of nearby pixels of
+            the first image that is seen, weighted by how much they differ from the pixel prior, so that the first
+            M-step already sees something like objects.
         iterations, noise, e_step, gamma_gradient: see `Strategy`.
 
     Raises:
-        StrategyError: an unknown task, or as `Strategy`.
+        StrategyError: an unknown task or start, or as `Strategy`.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class FilteringStrategy(Strategy):
         model: SpatialMixture,
         *,
         task: str = "static",
+        initial: str = "random",
         iterations: int = 10,
         noise: Noise | None = None,
         e_step: str = "consistent",
@@ -57,13 +63,20 @@ class FilteringStrategy(Strategy):
         super().__init__(model, iterations=iterations, noise=noise, e_step=e_step, gamma_gradient=gamma_gradient)
         if task not in TASKS:
             raise StrategyError(f"task must be one of {', '.join(TASKS)}, but is {task!r}")
+        if initial not in INITIAL:
+            raise StrategyError(f"initial must be one of {', '.join(INITIAL)}, but is {initial!r}")
         self.task = task
+        self.initial = initial
+
+    def init(self, x: Tensor, gamma: Tensor | None = None) -> State:  # noqa: D102
+        if gamma is None and self.initial == "k-means":
+            gamma = clustered_places(self.model, x)
+        return super().init(x, gamma)
 
     def start(self, x: Tensor, gamma: Tensor | None = None) -> tuple[State, Tensor]:  # noqa: D102
-        if not self.is_sequential:
-            return super().start(x, gamma)
-        self.check_sequence(x, self.iterations)
-        return super().start(x[0], gamma)[0], self.noise(x) if self.noise is not None and self.training else x
+        if self.is_sequential:
+            self.check_sequence(x, self.iterations)
+        return super().start(x, gamma)
 
     def frames(self, x_in: Tensor, x: Tensor) -> Sequence[tuple[Tensor, Tensor]]:  # noqa: D102
         if not self.is_sequential:

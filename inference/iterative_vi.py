@@ -42,7 +42,7 @@ class IterativeVI(RecurrentStrategy):
         encoder: the network between the error and the cell; None for the pixels themselves.
         recurrence: ``"sigmoid"`` or ``"gated"``.
         layer_norm: whether the cell is layer-normalised.
-        iterations, noise, e_step, gamma_gradient, task: see `FilteringStrategy`.
+        iterations, noise, e_step, gamma_gradient, task, initial: see `FilteringStrategy`.
 
     Raises:
         StrategyError: an unknown posterior or recurrence, a flat prior with a normal posterior, `hidden` below 1 or
@@ -70,6 +70,7 @@ class IterativeVI(RecurrentStrategy):
         e_step: str = "consistent",
         gamma_gradient: bool = True,
         task: str = "static",
+        initial: str = "random",
     ):
         if posterior not in ("normal", "delta"):
             raise StrategyError(f'posterior must be "normal" or "delta", but is {posterior!r}')
@@ -94,6 +95,7 @@ class IterativeVI(RecurrentStrategy):
             e_step=e_step,
             gamma_gradient=gamma_gradient,
             task=task,
+            initial=initial,
         )
         self.gradients = gradients
         self.features = features

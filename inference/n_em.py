@@ -28,7 +28,7 @@ class NEM(FilteringStrategy):
     Args:
         model: the generative model.
         step_size: the initial η.
-        iterations, noise, e_step, gamma_gradient, task: see `FilteringStrategy`.
+        iterations, noise, e_step, gamma_gradient, task, initial: see `FilteringStrategy`.
 
     Raises:
         StrategyError: the step size is not positive and finite, or as `FilteringStrategy`.
@@ -44,6 +44,7 @@ class NEM(FilteringStrategy):
         e_step: str = "consistent",
         gamma_gradient: bool = True,
         task: str = "static",
+        initial: str = "random",
     ):
         super().__init__(
             model,
@@ -52,6 +53,7 @@ class NEM(FilteringStrategy):
             e_step=e_step,
             gamma_gradient=gamma_gradient,
             task=task,
+            initial=initial,
         )
         require_pixels(model, "NEM")
         if not 0 < step_size < math.inf:

@@ -31,7 +31,7 @@ class RNEM(RecurrentStrategy):
         layer_norm: whether the cell and the networks of the interactions are layer-normalised.
         interaction_features: F, the size of θ̂_k and E_k, and of the hidden layers between them.
         attention: whether effects are weighted by an attention between 0 and 1.
-        iterations, noise, e_step, gamma_gradient, task: see `FilteringStrategy`.
+        iterations, noise, e_step, gamma_gradient, task, initial: see `FilteringStrategy`.
 
     Raises:
         StrategyError: an unknown recurrence, `interaction_features` below 1, an encoder for other images, or as
@@ -58,6 +58,7 @@ class RNEM(RecurrentStrategy):
         e_step: str = "consistent",
         gamma_gradient: bool = True,
         task: str = "static",
+        initial: str = "random",
     ):
         interactions = Interactions(
             model.latent_features, interaction_features, attention=attention, layer_norm=layer_norm
@@ -74,6 +75,7 @@ class RNEM(RecurrentStrategy):
             e_step=e_step,
             gamma_gradient=gamma_gradient,
             task=task,
+            initial=initial,
         )
         self.interactions = interactions
 

@@ -30,7 +30,7 @@ class RecurrentStrategy(FilteringStrategy):
         encoder: the network between the error and the cell; None for the pixels themselves.
         recurrence: ``"sigmoid"`` or ``"gated"``.
         layer_norm: whether the cell is layer-normalised.
-        iterations, noise, e_step, gamma_gradient, task: see `FilteringStrategy`.
+        iterations, noise, e_step, gamma_gradient, task, initial: see `FilteringStrategy`.
 
     Raises:
         StrategyError: an unknown recurrence, an encoder for other images, a constant decoder, or as
@@ -51,6 +51,7 @@ class RecurrentStrategy(FilteringStrategy):
         e_step: str,
         gamma_gradient: bool,
         task: str,
+        initial: str,
     ):
         super().__init__(
             model,
@@ -59,6 +60,7 @@ class RecurrentStrategy(FilteringStrategy):
             e_step=e_step,
             gamma_gradient=gamma_gradient,
             task=task,
+            initial=initial,
         )
         require_pixels(model, type(self).__name__)
         if recurrence not in CELLS:

@@ -24,7 +24,7 @@ class RNNEM(RecurrentStrategy):
         encoder: the network between the error and the cell; None for the pixels themselves.
         recurrence: ``"sigmoid"``, as in the original, or ``"gated"``.
         layer_norm: whether the cell is layer-normalised.
-        iterations, noise, e_step, gamma_gradient, task: see `FilteringStrategy`.
+        iterations, noise, e_step, gamma_gradient, task, initial: see `FilteringStrategy`.
 
     Raises:
         StrategyError: an unknown recurrence, an encoder for other images, or as `FilteringStrategy`.
@@ -42,6 +42,7 @@ class RNNEM(RecurrentStrategy):
         e_step: str = "consistent",
         gamma_gradient: bool = True,
         task: str = "static",
+        initial: str = "random",
     ):
         super().__init__(
             model,
@@ -54,6 +55,7 @@ class RNNEM(RecurrentStrategy):
             e_step=e_step,
             gamma_gradient=gamma_gradient,
             task=task,
+            initial=initial,
         )
 
     def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102

@@ -49,12 +49,17 @@ def _predictor(
     )
 
 
+def _flying_shapes(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
+    """`_predictor` from clusters of nearby pixels, which are objects but where these overlap."""
+    return _predictor(image_shape, components, iterations, initial="k-means")
+
+
 def _flying_mnist(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
     """`_predictor` for digits, which it takes full ownership and noise to part.
 
     Grey levels are taken for probabilities, as VAEs of digits do: with Normal pixels one component takes all digits.
     """
-    return _predictor(image_shape, components, iterations, ownership=1.0, noise=MaskedUniform(0.2))
+    return _predictor(image_shape, components, iterations, initial="k-means", ownership=1.0, noise=MaskedUniform(0.2))
 
 
 def _relational_bouncing_balls(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
@@ -105,10 +110,10 @@ SEQUENCE_PRESETS: dict[str, Preset] = {
     "flying-shapes": Preset(
         "rnn-em",
         "pnem's own RNN-EM on flying shapes: predicts the next frame; with one component a recurrent autoencoder",
-        _predictor,
+        _flying_shapes,
         3,
         20,
-        _OURS,
+        _OURS | {"learning_rate": 2e-3},
     ),
     "flying-mnist": Preset("rnn-em", "pnem's own RNN-EM on flying MNIST digits", _flying_mnist, 2, 20, _OURS),
     "bouncing-balls": Preset("rnn-em", "pnem's own RNN-EM on bouncing balls", _predictor, 5, 20, _OURS),

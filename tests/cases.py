@@ -41,11 +41,12 @@ from pnem.models import (
 STRATEGIES: dict[str, Callable[[SpatialMixture], Strategy]] = {
     "rnn-em": lambda model: RNNEM(model, iterations=4),
     "rnn-em, noise": lambda model: RNNEM(model, iterations=3, noise=BitFlip(0.1)),
-    "rnn-em, gated": lambda model: RNNEM(
+    "rnn-em, gated, k-means": lambda model: RNNEM(
         model,
         encoder=encoders.MLP(model.decoder.image_shape, hidden=(9,), layer_norm=True),
         recurrence="gated",
         layer_norm=True,
+        initial="k-means",
         iterations=3,
         gamma_gradient=False,
     ),
@@ -143,11 +144,12 @@ def images(count: int, shape: tuple[int, int, int] = (3, 4, 1)) -> Tensor:
 
 SEQUENTIAL: dict[str, Callable[..., Strategy]] = {
     "rnn-em": lambda model, **options: RNNEM(model, **options),
-    "rnn-em, gated": lambda model, **options: RNNEM(
+    "rnn-em, gated, k-means": lambda model, **options: RNNEM(
         model,
         encoder=encoders.MLP(model.decoder.image_shape, hidden=(9,), layer_norm=True),
         recurrence="gated",
         layer_norm=True,
+        initial="k-means",
         gamma_gradient=False,
         noise=BitFlip(0.1),
         **options,
