@@ -41,8 +41,8 @@ class FilteringStrategy(Strategy):
         model: the generative model.
         task: ``"static"``, ``"denoising"`` or ``"prediction"``.
         initial: the γ to start from: ``"random"``, as in the original; or ``"k-means"``: clusters of nearby pixels of
-            the first image that is seen, weighted by how much they differ from the pixel prior, so that the first
-            M-step already sees something like objects.
+            the image or first frame, weighted by how much they differ from the pixel prior, so that the first M-step
+            already sees something like objects. Like all γ, they are of the image without noise.
         iterations, noise, e_step, gamma_gradient: see `Strategy`.
 
     Raises:

@@ -158,7 +158,7 @@ class Strategy(Configured, nn.Module, ABC):
     def start(self, x: Tensor, gamma: Tensor | None = None) -> tuple[State, Tensor]:
         """All that is random in an unroll: the initial state and the (in training mode, noisy) input."""
         x_in = self.noise(x) if self.noise is not None and self.training else x
-        return self.init(x_in[0] if self.is_sequential else x_in, gamma), x_in
+        return self.init(x[0] if self.is_sequential else x, gamma), x_in
 
     def unroll(self, x: Tensor, gamma: Tensor | None = None) -> list[State]:
         """The states after each of the T iterations on images `x` (B, D, C), from given or random γ (B, K, D)."""

@@ -71,15 +71,15 @@ def test_without_a_pixel_prior_all_pixels_weigh_the_same():
     assert torch.equal(*gamma)
 
 
-def test_a_strategy_starts_from_clusters_of_what_it_sees():
+def test_a_strategy_starts_from_clusters_of_the_first_frame_without_noise():
     strategy = RNNEM(mixture(2), initial="k-means", noise=BitFlip(1.0), task="denoising", iterations=2)
-    x = blobs(2)[0].repeat(2, 1, 1, 1)
+    x = torch.stack([blobs(2)[0], images(2, SHAPE)])
     torch.manual_seed(0)
     state, x_in = strategy.start(x)
     assert torch.equal(x_in, 1 - x)
     torch.manual_seed(0)
-    torch.rand_like(x)
-    assert torch.equal(state.gamma, clustered_places(strategy.model, 1 - x[0]))
+    torch.rand_like(x)  # which pixels the noise hits
+    assert torch.equal(state.gamma, clustered_places(strategy.model, x[0]))
 
 
 def test_restarts_draw_seeds_of_their_own_and_a_given_gamma_comes_first():
