@@ -17,6 +17,7 @@ from pnem.models.parameters import register_parameters
 
 __all__ = ["FilteringStrategy"]
 
+ROLLOUT_MEMORY = 2**30
 TASKS = "static", "denoising", "prediction"
 INITIAL = "random", "k-means"
 
@@ -223,7 +224,21 @@ class FilteringStrategy(Strategy):
         stacked = State.combine(torch.stack, reported)
         return Posterior.from_states([stacked], elbo, keep_trace=False)._replace(state=states[-1])
 
-    def rollout(self, state: State, x: Tensor, frames: int, *, memory_limit: int = 2**30) -> State:
+    def check_rollout(self, state: State, frames: int, *, memory_limit: int = ROLLOUT_MEMORY, remedy: str = "") -> None:
+        """Raises `StrategyError`, with a remedy of the caller's, if a rollout of so many frames takes more memory."""
+        each = sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor))
+        if frames * each > memory_limit:
+            fitting = memory_limit // each
+            remedy = remedy or (
+                (f"ask for at most {fitting} frames at a time, going on from the last, " if fitting else "ask ")
+                + "for fewer sequences, or raise memory_limit"
+            )
+            raise StrategyError(
+                f"a rollout of {frames} frames of {len(state.theta)} sequences takes {_megabytes(frames * each)}, but "
+                f"may take {_megabytes(memory_limit)}: {remedy}"
+            )
+
+    def rollout(self, state: State, x: Tensor, frames: int, *, memory_limit: int = ROLLOUT_MEMORY) -> State:
         """The states of frames that nobody sees: predictions are fed back as if they had been seen.
 
         What is predicted, `model.prediction(rolled.psi)` (frames, B, D, C), is what γ compares with, and what the next
@@ -252,21 +267,17 @@ class FilteringStrategy(Strategy):
         self.model.check(x)
         require_images(self.model, x)
         self.check_state(state, x)
-        each = sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor))
-        if frames * each > memory_limit:
-            raise StrategyError(
-                f"a rollout of {frames} frames takes {frames * each / 2**20:.0f} MiB, but memory_limit allows "
-                f"{memory_limit / 2**20:.0f} MiB: ask for at most {memory_limit // each} frames at a time, going on "
-                "from the last, for fewer sequences, or raise memory_limit"
-            )
-        rolled = []
+        self.check_rollout(state, frames, memory_limit=memory_limit)
+        rolled = state.map(lambda value: value.new_empty(frames, *value.shape))
         with torch.no_grad():
-            for _ in range(frames):
+            for n in range(frames):
                 state = self.improve(state, x)
                 state = self.evaluate(state, state.theta, None)
                 x = self.model.prediction(state.psi, state.log_mixing)
-                rolled.append(state)
-        return State.combine(torch.stack, rolled)
+                for kept, value in zip(rolled, state, strict=True):
+                    if isinstance(kept, Tensor):
+                        kept[n] = value
+        return rolled
 
     def forward(self, x: Tensor, given: int = 0) -> Tensor:
         """The Pyro guide: unrolls on `x` and samples θ at the last state; of sequences, at all of them.
@@ -293,3 +304,7 @@ class FilteringStrategy(Strategy):
             )
         register_parameters("strategy", self)
         return self.guide_at(State.combine(torch.stack, self.unroll(x)))()
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:.3g} MiB" if size < 1000 * 2**20 else f"{size / 2**20:.0f} MiB"

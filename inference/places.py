@@ -21,6 +21,11 @@ def clustered_places(model: SpatialMixture, x: Tensor) -> Tensor:
     Arthur & Vassilvitskii 2007). A pixel weighs as much as it differs from the pixel prior, over its channels; without
     a pixel prior, or in an image that does not differ from it at all, all weigh the same.
     """
+    with torch.autocast(x.device.type, enabled=False):
+        return _clustered(model, x)
+
+
+def _clustered(model: SpatialMixture, x: Tensor) -> Tensor:
     H, W, _ = model.decoder.image_shape
     rows, columns = torch.arange(H, dtype=x.dtype, device=x.device), torch.arange(W, dtype=x.dtype, device=x.device)
     places = torch.cartesian_prod(rows, columns)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pnem.models.errors import ModelError
 
-__all__ = ["Configured", "build", "describe"]
+__all__ = ["Configured", "build", "completed", "describe"]
 
 _CLASSES: dict[str, type["Configured"]] = {}
 
@@ -68,6 +68,21 @@ def build(description: Mapping[str, Any], model: Any = None) -> Any:
         return _CLASSES[name](*([model] if takes_model else []), **arguments)
     except TypeError as error:
         raise ModelError(f"{name} does not take the described arguments {sorted(arguments)}: {error}") from error
+
+
+def completed(description: Any) -> Any:
+    """A description with the defaults of arguments that it lacks, as one by an older version does.
+
+    >>> completed({"type": "pnem.models.decoders.Linear", "latent_features": 5, "image_shape": [2, 2, 1]})["bias"]
+    True
+    """
+    if isinstance(description, list):
+        return [completed(item) for item in description]
+    if not isinstance(description, Mapping) or description.get("type") not in _CLASSES:
+        return description
+    parameters = inspect.signature(_CLASSES[description["type"]]).parameters.values()
+    defaults = {p.name: describe(p.default) for p in parameters if p.default is not inspect.Parameter.empty}
+    return defaults | {name: completed(value) for name, value in description.items()}
 
 
 def _build_argument(value: Any, model: Any) -> Any:

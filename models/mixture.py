@@ -78,8 +78,8 @@ class SpatialMixture(Configured, nn.Module):
         ownership: float = 1.0,
     ):
         super().__init__()
-        if num_components < 1:
-            raise ModelError(f"num_components must be at least 1, but is {num_components}")
+        if not isinstance(num_components, int) or num_components < 1:
+            raise ModelError(f"num_components must be at least 1, and whole, but is {num_components}")
         if not isinstance(prior, Prior) and prior not in ("flat", "standard_normal"):
             raise ModelError(f'prior must be "flat", "standard_normal" or a Prior, but is {prior!r}')
         if mixing not in ("uniform", "learned", "per_image"):

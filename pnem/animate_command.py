@@ -12,7 +12,12 @@ __all__ = ["animate"]
 def animate(
     run: Annotated[Path, typer.Argument(help="A run directory, as pnem train wrote it.", metavar="RUN")],
     data: Annotated[Path, typer.Argument(help="An HDF5 file of sequences, as pnem data writes it.", metavar="DATA")],
-    out: Annotated[Path, typer.Option(help="The .gif or .mp4 to write; it must not exist. An .mp4 takes ffmpeg.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The .gif or .mp4 to write, which must not exist: RUN.gif, here, when left out. An .mp4 takes ffmpeg."
+        ),
+    ] = None,
     split: Annotated[str, typer.Option(help="training, validation or test.")] = "test",
     index: Annotated[int, typer.Option(help="Which sequence, from 0.", min=0)] = 0,
     frames: Annotated[int | None, typer.Option(help="See only the first so many frames.", min=1)] = None,
@@ -40,6 +45,7 @@ def animate(
     from pnem.plots.animation import check_format
     from pnem.run import load
 
+    out = Path(f"{run.resolve().name}.gif") if out is None else out
     check_new(out)
     check_format(out)
     fitted = load(run, device=device)

@@ -100,12 +100,13 @@ def check_frames(frames: int, source: str, strategy: Strategy, steps: int) -> No
             remedy = 'task="prediction" or "denoising"' if isinstance(strategy, FilteringStrategy) else "RNNEM, say"
             raise DataError(
                 f"{source} holds sequences of {frames} frames, but this {name} takes static images (T = 1): use a "
-                f"preset for sequences, or a strategy that goes through them ({remedy})"
+                "preset for sequences (--strategy rnn-em --preset flying-shapes, say), or a strategy that goes through "
+                f"them ({remedy})"
             )
     elif frames == 1:
         raise DataError(
             f"{source} holds static images (T = 1), but this {name} with task={strategy.task!r} takes sequences: use a "
-            'preset for static images, or build the strategy with task="static"'
+            'preset for static images (--strategy rnn-em, say), or build the strategy with task="static"'
         )
     elif frames < needed:
         raise DataError(

@@ -1,6 +1,7 @@
 """A fitted (model, strategy) pair: use it, score it, save it, load it."""
 
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,6 +139,11 @@ class Run:
         if posterior.state is None:
             raise StrategyError("this posterior has no state to go on from: give what run.infer(x) found in sequences")
         images, seen = self.images(x), len(posterior.theta) + strategy.steps_ahead
+        if images.dim() == 3:
+            raise StrategyError(
+                f"x has shape {tuple(x.shape)}, but a rollout takes sequences (T, B, D, C): give what run.infer was "
+                "given, or its last frame as x[-1:]"
+            )
         if len(images) > seen:
             raise StrategyError(
                 f"x has {len(images)} frames, but this posterior's steps end at frame {seen}, after which the rollout "
@@ -261,6 +267,8 @@ class Run:
                 )
             data = open_split(data, split, self.strategy)
             iterations = self._steps_before(data.num_frames, rollout, iterations)
+            if rollout:
+                self._check_rollout(min(batch_size, len(data), limit or batch_size), rollout)
         results = self.infer_batches(
             data,
             split=split,
@@ -296,6 +304,14 @@ class Run:
         if steps < 2:
             raise DataError("the first step is not scored: give at least 2 iterations")
         return steps
+
+    def _check_rollout(self, sequences: int, frames: int) -> None:
+        """Raises `StrategyError` where rollouts of a batch take too much memory, before anything is inferred."""
+        strategy, shape = self._require_filtering("a rollout"), self.settings.image_shape
+        x = self.model.mixing_logits.new_zeros(sequences, math.prod(shape[:2]), shape[2])
+        with forked_rng(self.device):
+            state = strategy.init(x)
+        strategy.check_rollout(state, frames, remedy="give a smaller batch_size (--batch-size), or fewer frames")
 
     def _rolled_out(
         self, results: Iterable[tuple[Batch, Posterior]], rollout: int

@@ -19,6 +19,7 @@ from pnem.errors import RunError
 from pnem.files import write_atomically
 from pnem.inference import Strategy
 from pnem.models import SpatialMixture
+from pnem.models.config import completed
 from pnem.settings import Settings
 
 __all__ = [
@@ -195,7 +196,7 @@ def check_resumable(directory: str | Path | None, settings: Settings) -> None:
     stored = Settings.read(Path(directory))
     now, then = (json.loads(json.dumps(asdict(s))) for s in (settings, stored))
     for part in ("image_shape", "model", "strategy", "objective", "training", "data"):
-        a, b = now[part], then[part]
+        a, b = now[part], completed(then[part])
         if isinstance(a, dict):
             ignored = _FREE if part == "training" else ("source",) if part == "data" else ()
             if part == "data" and "fingerprint" not in b:

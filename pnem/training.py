@@ -169,6 +169,15 @@ def _name(start: str | Path | Run) -> str:
 
 def _take_weights(start: str | Path | Run, model: SpatialMixture, strategy: Strategy) -> None:
     """Gives the model and the strategy the weights of a run."""
+    settings = start.settings if isinstance(start, Run) else Settings.read(Path(start))
+    theirs, ours = settings.strategy.get("type", "").rpartition(".")[2], type(strategy).__name__
+    if theirs != ours:
+        raise RunError(f"{_name(start)} was trained with {theirs}, not {ours}: start from a run of the same strategy")
+    if settings.image_shape != (shape := model.decoder.image_shape):
+        raise RunError(
+            f"{_name(start)} is for images of shape (H, W, C) = {settings.image_shape}, not {shape}: start from a run "
+            "on images of that shape"
+        )
     if not isinstance(start, Run):
         load_weights(model, strategy, weights_of(Path(start)))
         return

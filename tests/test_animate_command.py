@@ -95,6 +95,13 @@ def test_torchs_random_state_is_left_as_it_was(folder: Path, tmp_path: Path) -> 
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_by_default_it_has_the_name_of_the_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "prediction.gif" in call(folder / "prediction", folder / "sequences.h5")
+    assert len(frames_of(tmp_path / "prediction.gif")) == FRAMES - 1
+    assert "prediction.gif exists" in call(folder / "prediction", folder / "sequences.h5", code=1)
+
+
 @pytest.mark.parametrize(
     ("run", "data", "options", "message"),
     [

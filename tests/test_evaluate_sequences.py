@@ -199,3 +199,11 @@ def test_nan_is_null_in_json_also_along_curves(directory, tmp_path):
     assert stored["ami"] is stored["switches"] is None
     assert stored["ari_by_step"] == []
     assert "–" in output
+
+
+def test_a_rollout_beyond_the_memory_is_refused_before_anything_is_inferred(directory, data, monkeypatch):
+    run = pnem.load(directory)
+    monkeypatch.setattr(type(run), "infer", lambda *_, **__: pytest.fail("it has inferred"))
+    monkeypatch.setitem(type(run.strategy).check_rollout.__kwdefaults__, "memory_limit", 100)
+    with pytest.raises(StrategyError, match=r"a rollout of 2 frames of 20 sequences takes .* smaller batch_size"):
+        run.evaluate(data, rollout=2, batch_size=20)

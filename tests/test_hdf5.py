@@ -299,7 +299,10 @@ def test_unusable_arrays_are_refused_at_once(path: Path, features: Array, groups
 
 def test_ragged_lists_are_refused() -> None:
     with pytest.raises(DataError, match="features is not an array"):
-        ImageDataset([[1, 2], [3]])
+        ImageDataset([[[1, 2], [3]], [[1, 2], [3]]])
+    frames = [np.zeros((2, height, 5, 1)) for height in (4, 4, 6)]
+    with pytest.raises(DataError, match=r"frames of different shapes, \(2, 4, 5, 1\) and \(2, 6, 5, 1\): all frames"):
+        ImageDataset(frames)
 
 
 def test_an_array_without_a_shape_is_refused(path: Path) -> None:

@@ -82,6 +82,16 @@ def test_a_strategy_starts_from_clusters_of_the_first_frame_without_noise():
     assert torch.equal(state.gamma, clustered_places(strategy.model, x[0]))
 
 
+def test_half_precision_of_the_networks_does_not_move_the_clusters():
+    x = images(20, SHAPE)
+    gamma = []
+    for precision in (torch.bfloat16, None):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", precision, enabled=precision is not None):
+            gamma.append(clustered_places(mixture(), x))
+    assert torch.equal(*gamma)
+
+
 def test_restarts_draw_seeds_of_their_own_and_a_given_gamma_comes_first():
     strategy, x = RNNEM(mixture(), initial="k-means"), blobs(1)[0]
     assert len(strategy.init(x.repeat(30, 1, 1)).gamma.unique(dim=0)) > 1

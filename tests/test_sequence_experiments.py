@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pnem.errors import RunError
+
 SCRIPT = str(Path(__file__).parent / "benchmarks" / "sequences.py")
 
 
@@ -36,3 +38,16 @@ def test_an_experiment_runs_and_goes_on_where_it_was(experiment, names, starts, 
     for later, first in starts.items():
         begun = json.loads((tmp_path / later / "settings.json").read_text())["training"]["start_from"]
         assert Path(begun).name == first
+
+
+@pytest.mark.slow
+def test_data_and_runs_of_other_settings_are_not_taken_for_those_asked_for(tmp_path):
+    main = runpy.run_path(SCRIPT)["main"]
+    command = ["autoencoder", "--objects", "3", "--epochs", "1", "--out", str(tmp_path), "--threads", "1"]
+    assert main([*command, "--small"]) == 0
+    with pytest.raises(SystemExit, match=r"holds \[64, 32, 32\] sequences, not \[500, 1000, 1000\]"):
+        main([*command, "--train", "500"])
+    with pytest.raises(RunError, match="seed = 0, but now it is 1"):
+        main([*command, "--small", "--seed", "1"])
+    with pytest.raises(SystemExit):
+        main([*command, "--objects", "0"])

@@ -276,12 +276,16 @@ class TestRollout:
             run.rollout(short, x, 2)
         rolled = run.rollout(short, x[:3], 2)
         assert torch.equal(rolled.theta, run.rollout(short, x[2:3], 2).theta)
+        with pytest.raises(StrategyError, match=r"a rollout takes sequences \(T, B, D, C\): .* as x\[-1:\]"):
+            run.rollout(posterior, x[-1], 2)
 
     def test_refuses_more_than_fits_the_memory_and_other_tasks(self):
         strategy, x = predictor(), sequences(5, 2)
         state = strategy.infer(x).state
-        with pytest.raises(StrategyError, match=r"a rollout of 1000 frames takes .* ask for at most [0-9]+ frames"):
+        with pytest.raises(StrategyError, match=r"a rollout of 1000 frames of 2 .* ask for at most [0-9]+ frames"):
             strategy.rollout(state, x[-1], 1000, memory_limit=100_000)
+        with pytest.raises(StrategyError, match=r"may take 9\.54e-05 MiB: ask for fewer seq"):
+            strategy.rollout(state, x[-1], 2, memory_limit=100)
         with pytest.raises(StrategyError, match="frames must be at least 1"):
             strategy.rollout(state, x[-1], 0)
         denoiser = predictor(task="denoising")
@@ -371,6 +375,9 @@ class TestTraining:
             pnem.fit(*_pair(layer_norm=True), data(), **options, start_from=first)
         with pytest.raises(RunError, match="there is no run directory"):
             pnem.fit(*_pair(), data(), **options, start_from=tmp_path / "none")
+        model = _pair()[0]
+        with pytest.raises(RunError, match="first was trained with RNNEM, not NEM: start from a run of the same"):
+            pnem.fit(model, NEM(model, task="prediction", iterations=3), data(), **options, start_from=first)
 
     def test_another_number_of_components_has_the_same_weights(self):
         run = pnem.fit(*_pair(), data(), epochs=1, batch_size=8, device="cpu", progress=False)

@@ -1,5 +1,6 @@
 """What `fit` promises: exact resuming, nothing lost, nothing overwritten, clear errors."""
 
+import json
 import os
 import resource
 import signal
@@ -86,6 +87,16 @@ def test_a_finished_training_can_be_resumed_for_more_epochs(tmp_path):
     whole = train(tmp_path / "whole", **settings)
     train(tmp_path / "half", epochs=2, **settings)
     assert_same_run(train(tmp_path / "half", resume=True, **settings), whole)
+
+
+def test_a_run_of_an_older_version_that_lacks_an_argument_is_resumed(tmp_path):
+    train(tmp_path / "old", epochs=1)
+    path = tmp_path / "old" / "settings.json"
+    settings = json.loads(path.read_text())
+    assert settings["strategy"].pop("initial") == "random"
+    assert settings["model"].pop("prior") == "flat"
+    path.write_text(json.dumps(settings))
+    assert len(train(tmp_path / "old", resume=True, epochs=2).history) == 2
 
 
 def test_an_interruption_of_a_resumed_training_leaves_the_best_so_far_loadable(tmp_path):

@@ -1,6 +1,8 @@
 """Checks on arrays of images and groups, in memory or in a file."""
 
+import contextlib
 import operator
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,6 +68,15 @@ def array_of(value: ArrayLike | Tensor, name: str) -> NDArray[Any]:
     try:
         return np.asarray(value)
     except ValueError as error:
+        sizes = set()
+        if isinstance(value, Sequence):
+            with contextlib.suppress(ValueError):
+                sizes = {np.shape(frame) for frame in value}
+        if len(sizes) > 1:
+            raise DataError(
+                f"{name} has frames of different shapes, {' and '.join(map(str, sorted(sizes)))}: all frames of all "
+                "sequences need the same (N, H, W, C); pad or crop them"
+            ) from error
         raise DataError(f"{name} is not an array ({error}): give one of shape (T, N, H, W, C)") from error
 
 

@@ -13,10 +13,11 @@ minute's worth, to see that all runs.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py
 import torch
 
 import pnem
@@ -44,9 +45,7 @@ def autoencoder(options: argparse.Namespace) -> None:
     objects = tuple(options.objects)
     first: dict[str, Path | None] = {}
     for n in objects:
-        data = options.out / f"flying{n}.h5"
-        if not data.exists():
-            write_flying_shapes(data, num_objects=n, **_sizes(options), seed=0, progress=True)
+        data = _written(options, f"flying{n}.h5", write_flying_shapes, num_objects=n, seed=0)
         for name, K in zip(scores, (n, 1), strict=True):
             start = first.get(name)
             run = _trained(options, f"flying{n}-k{K}", data, "flying-shapes", components=K, start_from=start)
@@ -67,9 +66,7 @@ def mnist(options: argparse.Namespace) -> None:
     found = {}
     for stage, variations in enumerate((20, 500, None)):
         name = f"mnist-{'all' if variations is None else variations}"
-        data = options.out / f"{name}.h5"
-        if not data.exists():
-            write_flying_mnist(data, variations=variations, **_sizes(options), seed=stage, progress=True)
+        data = _written(options, f"{name}.h5", write_flying_mnist, variations=variations, seed=stage)
         run = _trained(options, name, data, "flying-mnist", start_from=before)
         before = run.directory
         found[name] = _scored(options, run, data)
@@ -79,9 +76,7 @@ def mnist(options: argparse.Namespace) -> None:
 
 def balls(options: argparse.Namespace) -> None:
     """The same networks with and without interactions, on the same data."""
-    data = options.out / "balls.h5"
-    if not data.exists():
-        write_bouncing_balls(data, num_frames=21 + HORIZON, **_sizes(options), seed=0, progress=True)
+    data = _written(options, "balls.h5", write_bouncing_balls, num_frames=21 + HORIZON, seed=0)
     presets = {"RNN-EM": "bouncing-balls", "R-NEM": "relational-bouncing-balls"}
     found = {}
     for name, preset in presets.items():
@@ -94,6 +89,18 @@ def balls(options: argparse.Namespace) -> None:
     ).savefig(options.out / "balls.png")
 
 
+def _written(options: argparse.Namespace, name: str, write: Callable[..., None], **settings: Any) -> Path:
+    """A data file that is there, if it is as large as asked, or else one that is now."""
+    path, sizes = options.out / name, _sizes(options)
+    if not path.exists():
+        write(path, **settings, **sizes, progress=True)
+    with h5py.File(path) as file:
+        held = [file[split]["features"].shape[1] for split in ("training", "validation", "test")]
+    if held != list(sizes.values()):
+        raise SystemExit(f"{path} holds {held} sequences, not {list(sizes.values())}: give another --out")
+    return path
+
+
 def _trained(
     options: argparse.Namespace,
     name: str,
@@ -103,14 +110,13 @@ def _trained(
     components: int | None = None,
     start_from: Path | None = None,
 ) -> Run:
-    """A run that is there and finished, or else one that is now."""
+    """A run that is there and finished, or else one that is now; raises `RunError` where its settings are others."""
     recipe, directory = PRESETS[preset], options.out / name
     epochs = options.epochs if start_from is None or options.later_epochs is None else options.later_epochs
     settings: dict[str, Any] = {**recipe.training, "epochs": epochs, "precision": options.precision}
     settings |= {"compile": options.compile or "auto", "device": options.device, "seed": options.seed}
-    if directory.exists() and len(pnem.load(directory).history) >= epochs:
-        return pnem.load(directory, device=settings["device"] if settings["device"] != "auto" else "cpu")
-    print(f"training {name}", flush=True)
+    if not directory.exists():
+        print(f"training {name}", flush=True)
     torch.manual_seed(options.seed)
     shape = ImageDataset.from_hdf5(data, "training").image_shape
     steps = 4 if options.small else None
@@ -155,18 +161,26 @@ def _sizes(options: argparse.Namespace) -> dict[str, int]:
     return {"train": options.train, "valid": 1_000, "test": 1_000}
 
 
+def _count(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{count} is below 1")
+    return count
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=("autoencoder", "mnist", "balls"))
     parser.add_argument("--out", type=Path, required=True, help="where data, runs, tables and figures go")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--later-epochs", type=int, help="of runs that start from another's weights; else as --epochs")
-    parser.add_argument("--train", type=int, default=50_000, help="training sequences")
-    parser.add_argument("--objects", type=int, nargs="+", default=(3, 4, 5), help="of flying shapes")
+    parser.add_argument("--epochs", type=_count, default=20)
+    parser.add_argument(
+        "--later-epochs", type=_count, help="of runs that start from another's weights; else as --epochs"
+    )
+    parser.add_argument("--train", type=_count, default=50_000, help="training sequences")
+    parser.add_argument("--objects", type=_count, nargs="+", default=(3, 4, 5), help="of flying shapes")
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=_count, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true")
     return parser
