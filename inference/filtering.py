@@ -12,7 +12,7 @@ from pnem.inference.noise import Noise
 from pnem.inference.places import clustered_places
 from pnem.inference.posterior import Posterior, State
 from pnem.inference.strategy import Strategy
-from pnem.models import SpatialMixture
+from pnem.models import Bernoulli, SpatialMixture
 from pnem.models.parameters import register_parameters
 
 __all__ = ["FilteringStrategy"]
@@ -238,24 +238,35 @@ class FilteringStrategy(Strategy):
                 f"may take {_megabytes(memory_limit)}: {remedy}"
             )
 
-    def rollout(self, state: State, x: Tensor, frames: int, *, memory_limit: int = ROLLOUT_MEMORY) -> State:
+    def rollout(
+        self,
+        state: State,
+        x: Tensor,
+        frames: int,
+        *,
+        feedback: str | None = None,
+        memory_limit: int = ROLLOUT_MEMORY,
+    ) -> State:
         """The states of frames that nobody sees: predictions are fed back as if they had been seen.
 
-        What is predicted, `model.prediction(rolled.psi)` (frames, B, D, C), is what γ compares with, and what the next
-        step sees.
+        What is predicted is `model.prediction(rolled.psi)` (frames, B, D, C). That, or what is most probable by it, is
+        what γ compares with, and what the next step sees.
 
         Args:
             state: the last one of a sequence, such as ``posterior.state``.
             x: the frame that it was scored on: (B, D, C).
             frames: how many to predict.
+            feedback: ``"mean"``: predictions as they are; ``"mode"``: Bernoulli pixels as the more probable of 0 and 1,
+                for who has learned from binary frames knows no grey ones, and loses its way; None for ``"mode"`` if
+                `x` has no other values than 0 and 1.
             memory_limit: bytes that the result may take.
 
         Returns:
             The states, every field with a leading axis of `frames`.
 
         Raises:
-            StrategyError: another task than prediction, frames < 1, a rollout longer than fits the memory, or a state
-                of other sequences than `x` is of.
+            StrategyError: another task than prediction, frames < 1, an unknown feedback, a rollout longer than fits the
+                memory, or a state of other sequences than `x` is of.
         """
         if self.task != "prediction":
             raise StrategyError(
@@ -268,12 +279,23 @@ class FilteringStrategy(Strategy):
         require_images(self.model, x)
         self.check_state(state, x)
         self.check_rollout(state, frames, memory_limit=memory_limit)
+        if feedback not in (None, "mean", "mode"):
+            raise StrategyError(f'feedback must be "mean", "mode" or None, but is {feedback!r}')
+        if feedback is None:
+            feedback = "mode" if bool(((x == 0) | (x == 1)).all()) else "mean"
+        bits = feedback == "mode" and isinstance(self.model.likelihood, Bernoulli)
+        log_mixing = state.log_mixing
+
+        def seen(psi: Tensor) -> Tensor:
+            predicted = self.model.prediction(psi, log_mixing)
+            return predicted.round() if bits else predicted
+
         rolled = state.map(lambda value: value.new_empty(frames, *value.shape))
         with torch.no_grad():
             for n in range(frames):
                 state = self.improve(state, x)
-                state = self.evaluate(state, state.theta, None)
-                x = self.model.prediction(state.psi, state.log_mixing)
+                state = self.evaluate(state, state.theta, seen)
+                x = seen(state.psi)
                 for kept, value in zip(rolled, state, strict=True):
                     if isinstance(kept, Tensor):
                         kept[n] = value

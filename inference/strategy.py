@@ -107,15 +107,12 @@ class Strategy(Configured, nn.Module, ABC):
         state = self.improve(state, x_in)
         return self.evaluate(state, state.theta, x)
 
-    def evaluate(self, state: State, theta: Tensor, x: Tensor | None) -> State:
-        """The state at another θ (B, K, M), after the E-step on `x`; its q(θ) stays.
-
-        On what is predicted there, where `x` is None.
-        """
+    def evaluate(self, state: State, theta: Tensor, x: Tensor | Callable[[Tensor], Tensor]) -> State:
+        """The state at another θ (B, K, M), after the E-step on `x`, or what `x` makes of ψ there; its q(θ) stays."""
         theta = theta.to(torch.promote_types(theta.dtype, torch.float32))
         psi = self.model.decode(theta)
-        if x is None:
-            x = self.model.prediction(psi, state.log_mixing)
+        if not isinstance(x, Tensor):
+            x = x(psi)
         log_joint = self.model.log_joint_at(x, psi, state.log_mixing)
         gamma = self._responsibilities(log_joint, x, psi)
         mean = self.model.likelihood.mean(psi)

@@ -120,7 +120,7 @@ class Run:
             options["state"] = state
         return self.strategy.infer(self.images(x), restarts=restarts, iterations=iterations, **options)
 
-    def rollout(self, posterior: Posterior, x: Tensor | np.ndarray, frames: int, *, memory_limit: int = 2**30) -> State:
+    def rollout(self, posterior: Posterior, x: Tensor | np.ndarray, frames: int, **options: Any) -> State:
         """What follows the sequences `x` that `posterior` is of, predictions fed back for so many frames.
 
         The predicted frames are ``run.model.prediction(rolled.psi)``, (frames, B, D, C).
@@ -129,7 +129,7 @@ class Run:
             posterior: ``run.infer(x)``.
             x: the sequences, or their end: the last frame is the one that the posterior's last step was scored on.
             frames: how many to predict.
-            memory_limit: bytes that the result may take.
+            **options: ``feedback, memory_limit`` of `pnem.inference.FilteringStrategy.rollout`.
 
         Raises:
             StrategyError: as `pnem.inference.FilteringStrategy.rollout`; the posterior has no state to go on from; or
@@ -149,7 +149,7 @@ class Run:
                 f"x has {len(images)} frames, but this posterior's steps end at frame {seen}, after which the rollout "
                 f"begins: give x[:{seen}], or infer all of x"
             )
-        return strategy.rollout(posterior.state, images[-1], frames, memory_limit=memory_limit)
+        return strategy.rollout(posterior.state, images[-1], frames, **options)
 
     def _require_filtering(self, what: str) -> FilteringStrategy:
         if not (isinstance(self.strategy, FilteringStrategy) and self.strategy.is_sequential):

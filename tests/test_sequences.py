@@ -238,21 +238,33 @@ class TestInfer:
 class TestRollout:
     @pytest.mark.usefixtures("float64")
     @pytest.mark.parametrize("strategy_class", [RNNEM, NEM])
-    def test_feeds_its_predictions_back(self, strategy_class):
+    @pytest.mark.parametrize(
+        ("grey", "feedback", "binary"),
+        [(0.0, None, True), (0.0, "mean", False), (0.1, None, False), (0.1, "mode", True)],
+    )
+    def test_feeds_its_predictions_back(self, strategy_class, grey, feedback, binary):
         strategy = strategy_class(mixture(), iterations=4, task="prediction")
-        x = sequences(5, 2)
+        x = (sequences(5, 2) - grey).abs()
         state = strategy.infer(x).state
-        rolled = strategy.rollout(state, x[-1], 3)
+        rolled = strategy.rollout(state, x[-1], 3, feedback=feedback)
         assert rolled.theta.shape == (3, 2, 3, 5)
         frame = x[-1]
         for t in range(3):
             with torch.no_grad():
                 theta = strategy.m_step(state, frame)
-                frame = strategy.model.decode(theta).sigmoid().amax(1)
+                prediction = strategy.model.decode(theta).sigmoid().amax(1)
+                frame = (prediction > 0.5).double() if binary else prediction
                 state = strategy.evaluate(state, theta, frame)
             torch.testing.assert_close(rolled.theta[t], theta)
             torch.testing.assert_close(rolled.gamma[t], state.gamma)
-            torch.testing.assert_close(strategy.model.prediction(rolled.psi)[t], frame)
+            torch.testing.assert_close(strategy.model.prediction(rolled.psi)[t], prediction)
+
+    def test_of_normal_pixels_the_mode_is_the_mean(self):
+        model = SpatialMixture(decoders.Linear(5, (3, 4, 1)), Normal(0.3), 3)
+        strategy, x = RNNEM(model, task="prediction", iterations=4), sequences(5, 2)
+        state = strategy.infer(x).state
+        mean, mode = (strategy.rollout(state, x[-1], 3, feedback=feedback) for feedback in ("mean", "mode"))
+        assert torch.equal(mean.theta, mode.theta)
 
     def test_goes_on_from_a_rollout(self):
         strategy, x = predictor(), sequences(5, 2)
@@ -260,8 +272,8 @@ class TestRollout:
         whole = strategy.rollout(state, x[-1], 5)
         first = strategy.rollout(state, x[-1], 2)
         last = first.map(lambda value: value[-1])
-        rest = strategy.rollout(last, strategy.model.prediction(last.psi), 3)
-        assert torch.equal(torch.cat([first.theta, rest.theta]), whole.theta)
+        rest = strategy.rollout(last, strategy.model.prediction(last.psi).round(), 3)
+        torch.testing.assert_close(torch.cat([first.theta, rest.theta]), whole.theta)
 
     def test_a_run_rolls_out_its_posterior(self):
         run = pnem.fit(*_pair(), data(), epochs=1, batch_size=8, device="cpu", progress=False)
@@ -288,6 +300,8 @@ class TestRollout:
             strategy.rollout(state, x[-1], 2, memory_limit=100)
         with pytest.raises(StrategyError, match="frames must be at least 1"):
             strategy.rollout(state, x[-1], 0)
+        with pytest.raises(StrategyError, match='feedback must be "mean", "mode" or None, but is \'grey\''):
+            strategy.rollout(state, x[-1], 2, feedback="grey")
         denoiser = predictor(task="denoising")
         with pytest.raises(StrategyError, match='task is "denoising"'):
             denoiser.rollout(denoiser.infer(x).state, x[-1], 2)
