@@ -297,7 +297,7 @@ class FilteringStrategy(Strategy):
                 state = self.evaluate(state, state.theta, seen)
                 x = seen(state.psi)
                 for kept, value in zip(rolled, state, strict=True):
-                    if isinstance(kept, Tensor):
+                    if isinstance(kept, Tensor) and isinstance(value, Tensor):
                         kept[n] = value
         return rolled
 

@@ -68,7 +68,7 @@ def array_of(value: ArrayLike | Tensor, name: str) -> NDArray[Any]:
     try:
         return np.asarray(value)
     except ValueError as error:
-        sizes = set()
+        sizes: set[tuple[int, ...]] = set()
         if isinstance(value, Sequence):
             with contextlib.suppress(ValueError):
                 sizes = {np.shape(frame) for frame in value}
