@@ -122,7 +122,7 @@ class TestPanels:
             assert_shows(figure, "component 1", given.rolled.mean[j, 0, 1])
             written = texts(figure)
             assert written[0] == f"rollout, step {j + 1} of {N}: nothing seen after frame {T}"
-            assert ("fed back" if j else "input") in written
+            assert ("predicted" if j else "input") in written
             assert {f"frame {T + j}", f"of frame {T + j + 1}", "of the prediction"} <= set(written)
             if j < 2:
                 assert_shows(figure, "truth", given.future[j, 0])

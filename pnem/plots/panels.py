@@ -104,7 +104,7 @@ def panels(steps: Steps) -> tuple[Figure, Callable[[int], None]]:
         for name, picture in shown.items():
             images[name].set_data(picture)
         texts = {
-            "seen": ("fed back" if step.fed_back else "input", f"frame {step.seen_frame}"),
+            "seen": ("predicted" if step.fed_back else "input", f"frame {step.seen_frame}"),
             "prediction": ("prediction", f"of frame {step.frame}"),
             "truth": ("truth" if step.truth is not None else "not known", f"frame {step.frame}"),
             "γ": ("γ", "of the prediction" if steps.is_rollout(s) else f"of frame {step.frame}"),
