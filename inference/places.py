@@ -8,7 +8,7 @@ from pnem.models import SpatialMixture
 
 __all__ = ["clustered_places"]
 
-# As good as convergence for the few objects of an image.
+# Enough for the few objects of an image: from seeds far from one another k-means has mostly converged.
 LLOYD = 5
 
 

@@ -308,7 +308,7 @@ class Run:
     def _check_rollout(self, sequences: int, frames: int) -> None:
         """Raises `StrategyError` where rollouts of a batch take too much memory, before anything is inferred."""
         strategy, shape = self._require_filtering("a rollout"), self.settings.image_shape
-        x = self.model.mixing_logits.new_zeros(sequences, math.prod(shape[:2]), shape[2])
+        x = self.model.mixing_logits.new_zeros(sequences, math.prod(shape[:2]), self.model.num_channels)
         with forked_rng(self.device):
             state = strategy.init(x)
         strategy.check_rollout(state, frames, remedy="give a smaller batch_size (--batch-size), or fewer frames")
