@@ -80,8 +80,10 @@ def test_terms_at_a_state_add_up_to_the_elbo_of_the_strategy(model_name, strateg
     assert_identities(terms, 1e-10)
     # The strategy's own ELBO has the best q(z), whatever its E-step.
     torch.testing.assert_close(terms.elbo + terms.assignment_divergence, strategy.elbo(state), rtol=1e-12, atol=0)
-    expected = torch.zeros(3) if strategy.e_step == "consistent" else terms.assignment_divergence.clamp_min(1e-9)
-    torch.testing.assert_close(terms.assignment_divergence, expected, rtol=0, atol=1e-9)
+    if strategy.e_step == "consistent":
+        torch.testing.assert_close(terms.assignment_divergence, torch.zeros(3), rtol=0, atol=1e-9)
+    # Of the plain mixture greff2017's q(z) is the posterior but for 10⁻⁶, and the divergence may be less than rounding.
+    assert bool((terms.assignment_divergence > -1e-9).all())
 
 
 @pytest.mark.parametrize("name", CLASSICAL)
