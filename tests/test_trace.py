@@ -357,7 +357,8 @@ def test_batches_are_put_together_in_order():
     whole = trace(strategy, x, groups, posterior=strategy.infer(x, gamma=gamma))
     joined = Trace.concatenate(parts)
     for name in (*PER_IMAGE, "ami", "ari"):
-        torch.testing.assert_close(getattr(joined, name), getattr(whole, name), equal_nan=True)
+        # Line searches of batches of other sizes round differently, and on flat ground go on from there.
+        torch.testing.assert_close(getattr(joined, name), getattr(whole, name), equal_nan=True, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(joined.terms.reconstruction, whole.terms.reconstruction)
     assert Trace.concatenate([parts[0], trace(strategy, x)]).ami is None
 
