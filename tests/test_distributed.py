@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -116,7 +117,16 @@ def test_what_ends_one_process_ends_all_and_is_said(tmp_path, harm, error, messa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def _hears_ctrl_c():
+    """As a terminal's programs do; those that a shell starts in the background ignore it."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 @two_cores
+@pytest.mark.usefixtures("_hears_ctrl_c")
 def test_ctrl_c_ends_all_and_another_number_of_devices_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt, match="--resume"):
         # Asked for once step 4 is done, for which both processes have ended epoch 1.
