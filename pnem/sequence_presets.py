@@ -55,11 +55,11 @@ def _flying_shapes(image_shape: Sequence[int], components: int, iterations: int)
 
 
 def _flying_mnist(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
-    """`_predictor` for digits, which it takes full ownership and noise to part.
+    """`_predictor` for digits, which it takes full ownership, noise and clusters of nearby pixels to part.
 
     Grey levels are taken for probabilities, as VAEs of digits do: with Normal pixels one component takes all digits.
     """
-    return _predictor(image_shape, components, iterations, ownership=1.0, noise=MaskedUniform(0.2))
+    return _predictor(image_shape, components, iterations, initial="k-means", ownership=1.0, noise=MaskedUniform(0.2))
 
 
 def _relational_bouncing_balls(image_shape: Sequence[int], components: int, iterations: int) -> Parts:
