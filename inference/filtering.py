@@ -11,13 +11,13 @@ from pnem.inference.errors import StrategyError
 from pnem.inference.noise import Noise
 from pnem.inference.places import clustered_places
 from pnem.inference.posterior import Posterior, State
+from pnem.inference.rollouts import MEMORY_LIMIT, check_memory, fed_back
 from pnem.inference.strategy import Strategy
-from pnem.models import Bernoulli, SpatialMixture
+from pnem.models import SpatialMixture
 from pnem.models.parameters import register_parameters
 
 __all__ = ["FilteringStrategy"]
 
-ROLLOUT_MEMORY = 2**30
 TASKS = "static", "denoising", "prediction"
 INITIAL = "random", "k-means"
 
@@ -224,20 +224,6 @@ class FilteringStrategy(Strategy):
         stacked = State.combine(torch.stack, reported)
         return Posterior.from_states([stacked], elbo, keep_trace=False)._replace(state=states[-1])
 
-    def check_rollout(self, state: State, frames: int, *, memory_limit: int = ROLLOUT_MEMORY, remedy: str = "") -> None:
-        """Raises `StrategyError`, with a remedy of the caller's, if a rollout of so many frames takes more memory."""
-        each = sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor))
-        if frames * each > memory_limit:
-            fitting = memory_limit // each
-            remedy = remedy or (
-                (f"ask for at most {fitting} frames at a time, going on from the last, " if fitting else "ask ")
-                + "for fewer sequences, or raise memory_limit"
-            )
-            raise StrategyError(
-                f"a rollout of {frames} frames of {len(state.theta)} sequences takes {_megabytes(frames * each)}, but "
-                f"may take {_megabytes(memory_limit)}: {remedy}"
-            )
-
     def rollout(
         self,
         state: State,
@@ -245,7 +231,7 @@ class FilteringStrategy(Strategy):
         frames: int,
         *,
         feedback: str | None = None,
-        memory_limit: int = ROLLOUT_MEMORY,
+        memory_limit: int = MEMORY_LIMIT,
     ) -> State:
         """The states of frames that nobody sees: predictions are fed back as if they had been seen.
 
@@ -278,18 +264,8 @@ class FilteringStrategy(Strategy):
         self.model.check(x)
         require_images(self.model, x)
         self.check_state(state, x)
-        self.check_rollout(state, frames, memory_limit=memory_limit)
-        if feedback not in (None, "mean", "mode"):
-            raise StrategyError(f'feedback must be "mean", "mode" or None, but is {feedback!r}')
-        if feedback is None:
-            feedback = "mode" if bool(((x == 0) | (x == 1)).all()) else "mean"
-        bits = feedback == "mode" and isinstance(self.model.likelihood, Bernoulli)
-        log_mixing = state.log_mixing
-
-        def seen(psi: Tensor) -> Tensor:
-            predicted = self.model.prediction(psi, log_mixing)
-            return predicted.round() if bits else predicted
-
+        check_memory(state, frames, memory_limit=memory_limit)
+        seen = fed_back(self.model, x, feedback, state.log_mixing)
         rolled = state.map(lambda value: value.new_empty(frames, *value.shape))
         with torch.no_grad():
             for n in range(frames):
@@ -326,7 +302,3 @@ class FilteringStrategy(Strategy):
             )
         register_parameters("strategy", self)
         return self.guide_at(State.combine(torch.stack, self.unroll(x)))()
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 2**20:.3g} MiB" if size < 1000 * 2**20 else f"{size / 2**20:.0f} MiB"

@@ -22,6 +22,7 @@ from pnem.devices import forked_rng, resolve_device
 from pnem.errors import DataError, RunError, StrategyError
 from pnem.files import write_atomically
 from pnem.inference import FilteringStrategy, Posterior, State, Strategy, importance_weighted_bound
+from pnem.inference.rollouts import check_memory
 from pnem.loading import batches, check_images, open_split
 from pnem.models import Bernoulli, SpatialMixture
 from pnem.models.config import build, describe
@@ -311,7 +312,7 @@ class Run:
         x = self.model.mixing_logits.new_zeros(sequences, math.prod(shape[:2]), self.model.num_channels)
         with forked_rng(self.device):
             state = strategy.init(x)
-        strategy.check_rollout(state, frames, remedy="give a smaller batch_size (--batch-size), or fewer frames")
+        check_memory(state, frames, remedy="give a smaller batch_size (--batch-size), or fewer frames")
 
     def _rolled_out(
         self, results: Iterable[tuple[Batch, Posterior]], rollout: int

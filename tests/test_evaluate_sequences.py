@@ -14,6 +14,7 @@ import pnem
 from pnem.data import ImageDataset, write_hdf5
 from pnem.errors import DataError, PnemError, StrategyError
 from pnem.inference import ELBO, RNNEM, IterativeVI
+from pnem.inference.rollouts import check_memory
 from pnem.models import Bernoulli, Normal, SpatialMixture, decoders
 from pnem.scores import Scores
 from pnem.sequence_scores import SequenceScores, score_sequences
@@ -204,6 +205,6 @@ def test_nan_is_null_in_json_also_along_curves(directory, tmp_path):
 def test_a_rollout_beyond_the_memory_is_refused_before_anything_is_inferred(directory, data, monkeypatch):
     run = pnem.load(directory)
     monkeypatch.setattr(type(run), "infer", lambda *_, **__: pytest.fail("it has inferred"))
-    monkeypatch.setitem(type(run.strategy).check_rollout.__kwdefaults__, "memory_limit", 100)
+    monkeypatch.setitem(check_memory.__kwdefaults__, "memory_limit", 100)
     with pytest.raises(StrategyError, match=r"a rollout of 2 frames of 20 sequences takes .* smaller batch_size"):
         run.evaluate(data, rollout=2, batch_size=20)
