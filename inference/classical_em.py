@@ -19,6 +19,7 @@ from pnem.inference.shares import Seen, fail_together, look, put_together, requi
 from pnem.inference.starts import INITS, first_parameters
 from pnem.inference.strategy import Strategy
 from pnem.models import SpatialMixture
+from pnem.models.closed_forms import assignments
 from pnem.models.errors import PnemError
 
 __all__ = ["ClassicalEM"]
@@ -303,8 +304,9 @@ class ClassicalEM(Strategy):
         """The E-step at the parameters of a single start, in the model's precision."""
         theta, log_mixing = parameters.theta[0], parameters.log_mixing[0]
         log_joint = items.log_joint(parameters)
+        gamma, log_evidence = assignments(log_joint)
         psi = self.model.decode(theta)
-        state = State(theta, self.model.likelihood.mean(psi), psi, log_joint.softmax(-2), log_joint, log_mixing)
+        state = State(theta, self.model.likelihood.mean(psi), psi, gamma, log_joint, log_evidence.sum(-1), log_mixing)
         state = state.map(lambda value: value.to(self.model.mixing_logits.dtype))
         D = log_joint.shape[-1]
         return state._replace(mean=state.mean.expand(-1, -1, D, -1), psi=state.psi.expand(-1, -1, D, -1))
@@ -316,6 +318,8 @@ class ClassicalEM(Strategy):
         log_joint, psi = self.model.log_joint(x, theta), self.model.decode(theta)
         log_mixing = torch.zeros_like(theta[..., 0])
         gamma = torch.ones_like(log_joint)
-        state = State(theta, self.model.likelihood.mean(psi), psi, gamma, log_joint, log_mixing)
+        state = State(
+            theta, self.model.likelihood.mean(psi), psi, gamma, log_joint, log_joint.sum((-2, -1)), log_mixing
+        )
         posterior = Posterior.from_states([state], log_evidence.unsqueeze(0), keep_trace=False)
         return posterior._replace(q=dist.MultivariateNormal(theta, covariance.unsqueeze(1)).to_event(1))

@@ -23,6 +23,7 @@ class State(NamedTuple):
         psi: (B, K, D, P), the parameters of that prediction.
         gamma: (B, K, D), the responsibilities of the strategy's E-step.
         log_joint: (B, K, D), log p(x_i, z_i = k | θ) of the declared model, in nats.
+        log_evidence: (B,), log p(x | θ), in nats per image.
         log_mixing: (B, K), log π: the model's, unless the strategy fits it.
         location, scale: (B, K, M), mean and standard deviation of a normal q(θ_k); None where q(θ) is a Delta.
         memory: (B, K, H), what else a strategy carries from one iteration to the next; None for most.
@@ -34,16 +35,12 @@ class State(NamedTuple):
     psi: Tensor
     gamma: Tensor
     log_joint: Tensor
+    log_evidence: Tensor
     log_mixing: Tensor
     location: Tensor | None = None
     scale: Tensor | None = None
     memory: Tensor | None = None
     distribution: dist.TorchDistribution | None = None
-
-    @property
-    def log_evidence(self) -> Tensor:
-        """log p(x | θ), in nats per image: (B,)."""
-        return self.log_joint.logsumexp(-2).sum(-1)
 
     @property
     def q(self) -> dist.TorchDistribution:

@@ -93,7 +93,8 @@ class Strategy(Configured, nn.Module, ABC):
         theta = x.new_zeros(batch, K, self.model.latent_features)
         mean = x.new_zeros(batch, K, D, x.shape[-1])
         psi = x.new_zeros(batch, K, D, self.model.decoder.image_shape[2])
-        return State(theta, mean, psi, gamma, torch.zeros_like(gamma), self.model.log_mixing.expand(batch, K))
+        nothing = torch.zeros_like(gamma)
+        return State(theta, mean, psi, gamma, nothing, nothing[:, 0, 0], self.model.log_mixing.expand(batch, K))
 
     def improve(self, state: State, x_in: Tensor) -> State:
         """The state with a better q(θ), and θ drawn from it: by default a Delta at what `m_step` finds."""
@@ -113,18 +114,18 @@ class Strategy(Configured, nn.Module, ABC):
         psi = self.model.decode(theta)
         if not isinstance(x, Tensor):
             x = x(psi)
-        log_joint = self.model.log_joint_at(x, psi, state.log_mixing)
-        gamma = self._responsibilities(log_joint, x, psi)
-        mean = self.model.likelihood.mean(psi)
-        return state._replace(theta=theta, mean=mean, psi=psi, gamma=gamma, log_joint=log_joint)
-
-    def _responsibilities(self, log_joint: Tensor, x: Tensor, psi: Tensor) -> Tensor:
+        mean, log_joint, gamma, log_evidence = self.model.predict_and_explain(x, psi, state.log_mixing)
         if self.e_step == "greff2017":
-            likelihood = self.model.likelihood.log_prob(x.unsqueeze(-3), psi).exp()
-            gamma = (likelihood + GREFF_FLOOR) / (likelihood + GREFF_FLOOR).sum(-2, keepdim=True)
-        else:
-            gamma = log_joint.softmax(-2)
-        return gamma if self.gamma_gradient else gamma.detach()
+            gamma = self._greff2017(x, psi)
+        if not self.gamma_gradient:
+            gamma = gamma.detach()
+        return state._replace(
+            theta=theta, mean=mean, psi=psi, gamma=gamma, log_joint=log_joint, log_evidence=log_evidence
+        )
+
+    def _greff2017(self, x: Tensor, psi: Tensor) -> Tensor:
+        likelihood = self.model.likelihood.log_prob(x.unsqueeze(-3), psi).exp() + GREFF_FLOOR
+        return likelihood / likelihood.sum(-2, keepdim=True)
 
     @property
     def is_sequential(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pnem.models.closed_forms import bernoulli_terms
 from pnem.models.config import Configured
 from pnem.models.errors import ModelError
 
@@ -48,6 +49,10 @@ class Likelihood(Configured, nn.Module, ABC):
     @abstractmethod
     def mean(self, psi: Tensor) -> Tensor:
         """E[x_i | ψ_i]: (..., D, P) -> (..., D, C)."""
+
+    def mean_and_log_probs(self, xs: Sequence[Tensor], psi: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`mean` and `log_probs`, where a likelihood can share more between them."""
+        return self.mean(psi), self.log_probs(xs, psi)
 
     def score(self, x: Tensor, mean: Tensor) -> Tensor:
         """∂ log p(x_i | ψ_i) / ∂ψ_i at the ψ whose mean is given: x, mean (..., D, C) -> (..., D, P).
@@ -149,8 +154,11 @@ class Bernoulli(ExponentialFamily):
         return dist.Bernoulli(logits=psi, validate_args=False).to_event(1)
 
     def log_probs(self, xs: Sequence[Tensor], psi: Tensor) -> list[Tensor]:  # noqa: D102
-        log_p0 = -F.softplus(psi)
-        return [_sum_channels(torch.addcmul(log_p0, x, psi)) for x in xs]
+        return _of_bits(xs, psi, -F.softplus(psi))
+
+    def mean_and_log_probs(self, xs: Sequence[Tensor], psi: Tensor) -> tuple[Tensor, list[Tensor]]:  # noqa: D102
+        mean, log_p0 = bernoulli_terms(psi)
+        return mean, _of_bits(xs, psi, log_p0)
 
     def statistics(self, x: Tensor) -> Tensor:  # noqa: D102
         return x
@@ -230,6 +238,10 @@ class Normal(Likelihood):
 
     def saturated_log_prob(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.log_prob(x, x)
+
+
+def _of_bits(xs: Sequence[Tensor], logits: Tensor, log_p0: Tensor) -> list[Tensor]:
+    return [_sum_channels(torch.addcmul(log_p0, x, logits)) for x in xs]
 
 
 def _sum_channels(values: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 
+from pnem.models.closed_forms import assignments
 from pnem.models.config import Configured
 from pnem.models.decoders import Decoder
 from pnem.models.errors import ModelError
@@ -183,10 +184,30 @@ class SpatialMixture(Configured, nn.Module):
 
         The model's own log π when None.
         """
-        log_mixing, x = (self.log_mixing if log_mixing is None else log_mixing).unsqueeze(-1), x.unsqueeze(-3)
-        if self.pixel_prior is None or not self.owned:
-            return log_mixing + self.likelihood.log_prob(x, psi)
-        log_p, unowned = self.likelihood.log_probs([x, self.pixel_prior], psi)
+        return self._joint(self.likelihood.log_probs(self._observed(x), psi), log_mixing)
+
+    def predict_and_explain(
+        self, x: Tensor, psi: Tensor, log_mixing: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What an E-step finds at decoded parameters: x (..., D, C), psi (..., K, D, P), log π (..., K).
+
+        Returns:
+            E[x | ψ], (..., K, D, C); `log_joint_at`, (..., K, D); γ, (..., K, D); and log p(x | θ), (...).
+        """
+        mean, log_probs = self.likelihood.mean_and_log_probs(self._observed(x), psi)
+        log_joint = self._joint(log_probs, log_mixing)
+        gamma, log_evidence = assignments(log_joint)
+        return mean, log_joint, gamma, log_evidence.sum(-1)
+
+    def _observed(self, x: Tensor) -> list[Tensor]:
+        """What components explain: x (..., 1, D, C), and with ownership x₀."""
+        return [x.unsqueeze(-3), *([self.pixel_prior] if self.pixel_prior is not None and self.owned else [])]
+
+    def _joint(self, log_probs: list[Tensor], log_mixing: Tensor | None) -> Tensor:
+        log_mixing = (self.log_mixing if log_mixing is None else log_mixing).unsqueeze(-1)
+        if not self.owned:
+            return log_mixing + log_probs[0]
+        log_p, unowned = log_probs
         owned = torch.sub(log_p, unowned, alpha=self.ownership)
         return owned + self.ownership * unowned.sum(-2, keepdim=True) + log_mixing
 

@@ -16,7 +16,7 @@ def bench(
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Only this part: steps, pyro, fit, growth or mixtures. May be given several times."),
+        typer.Option(help="Only this part: steps, kernels, pyro, fit, growth or mixtures. May be given several times."),
     ] = None,
     small: Annotated[bool, typer.Option("--small", help="Everything tiny, to see that all runs.")] = False,
     repetitions: Annotated[

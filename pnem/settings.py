@@ -44,7 +44,7 @@ class TrainingSettings:
             that loss, steps and schedule are as with one.
         nodes: how many machines do, with torchrun running on each, and a file system for the run directory in common.
         precision: ``"float32"``, ``"bfloat16"`` (autocast; log-probabilities stay in float32) or ``"float64"``.
-        compile: whether to compile one iteration with its loss (``torch.compile``): a slow start, then faster steps.
+        compile: whether to compile the unroll with its loss (``torch.compile``): a slow start, then faster steps.
             ``"auto"``: where the training is long enough for that to pay, and there is a compiler.
         truncation: the frames of sequences, or iterations on images, over which gradients flow back: after so many the
             state is taken as given, and what led to it is freed (truncated backpropagation through time); None for all.

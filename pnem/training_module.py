@@ -1,27 +1,24 @@
 """One training step of a (model, strategy) pair, as Lightning wants it."""
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import lightning
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from pnem.compilation import compiled
 from pnem.data import Batch
 from pnem.diagnostics import terms_at
 from pnem.diagnostics.symptoms import Symptoms, symptoms
 from pnem.errors import RunError
-from pnem.inference import Objective, State, Strategy
+from pnem.inference import Objective, Strategy
 from pnem.inference.collectives import gathered
 from pnem.loading import check_images
 from pnem.metrics import adjusted_rand_index, mean_and_standard_error
 from pnem.models import SpatialMixture
 from pnem.run_directory import TERMS
 from pnem.settings import TrainingSettings
+from pnem.unrolling import Unroll
 
 __all__ = ["TrainingModule"]
 
@@ -31,17 +28,6 @@ CHECK_EVERY = 50
 APART = 0x9E3779B9
 # Validation images of every epoch that are looked at for collapse.
 WATCHED = 500
-
-
-class Outcome(NamedTuple):
-    """The loss, the mean ELBO after the last iteration, both in nats per image, and γ (B, K, D).
-
-    Of sequences the ELBO is the mean over frames.
-    """
-
-    loss: Tensor
-    elbo: Tensor
-    gamma: Tensor
 
 
 class TrainingModule(lightning.LightningModule):
@@ -70,82 +56,8 @@ class TrainingModule(lightning.LightningModule):
         self.objective = objective
         self.training_settings = training
         self.steps = steps
-        self.iterate: Callable[[State, Tensor, Tensor], tuple[State, Tensor, Tensor]] = self.iteration
-        if compile_on is not None:
-            self.iterate = compiled(self.iteration, required=training.compile is True, device=compile_on)
-        self.stepwise = compile_on is not None or training.truncation is not None or training.activation_checkpointing
+        self.unroll = Unroll(strategy, objective, training, compile_on=compile_on)
         self._reset()
-
-    def outcome(self, x: Tensor) -> Outcome:
-        """The losses of one unroll on images `x` (B, D, C) or sequences (T, B, D, C)."""
-        states = self.strategy.unroll(x)
-        loss, elbo = self.objective(self.strategy, states, x)
-        return Outcome(loss, elbo.mean(), states[-1].gamma)
-
-    def iteration(self, state: State, x_in: Tensor, x: Tensor) -> tuple[State, Tensor, Tensor]:
-        """The next state, its mean loss and its mean ELBO: a pure function of tensors, the unit that is compiled."""
-        state = self.strategy.step(state, x_in, x)
-        loss = self.objective.loss_at(self.strategy, state, x).mean()
-        return state, loss, self.strategy.elbo(state).mean().detach()
-
-    def stepwise_outcome(self, x: Tensor) -> Outcome:
-        """`outcome` iteration by iteration: compiled, one small graph, run T times; truncated in time; checkpointed.
-
-        Truncated, it goes back through all windows of frames but the last, and the loss carries no gradient of theirs.
-        """
-        if x.is_cuda:
-            torch.compiler.cudagraph_mark_step_begin()
-        state, x_in = self.strategy.start(x)
-        pairs = self.strategy.frames(x_in, x)
-        weights = self.objective.step_weights(len(pairs))
-        steps = [(weight, *pair) for weight, pair in zip(weights, pairs, strict=True)]
-        total, elbos = x.new_zeros(()), []
-        window = total
-        for start, piece in _pieces(steps, self.training_settings.truncation):
-            # What is left may have no weight, and then no gradient for the caller to go back through.
-            if start and any(weights[start:]):
-                state = state.map(Tensor.detach)
-                if window.requires_grad:
-                    window.backward()
-                window, total = x.new_zeros(()), total + window.detach()
-            checkpointing = self.training_settings.activation_checkpointing
-            for _, segment in _pieces(piece, math.ceil(math.sqrt(len(piece))) if checkpointing else None):
-                run = self._checkpointed if checkpointing else self._iterations
-                state, loss, found = run(state, segment)
-                window = window + loss
-                elbos += found
-        elbo = torch.stack(elbos).mean() if self.strategy.is_sequential else elbos[-1]
-        return Outcome(total + window, elbo, state.gamma)
-
-    def _iterations(
-        self, state: State, steps: Sequence[tuple[float, Tensor, Tensor]]
-    ) -> tuple[State, Tensor, list[Tensor]]:
-        """The state after some iterations, their weighted loss and their ELBOs."""
-        total, elbos = state.theta.new_zeros(()), []
-        with warnings.catch_warnings():
-            # The compiler looks at the gradients of its inputs, which within an unroll have none to keep.
-            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
-            for weight, seen, target in steps:
-                state, loss, elbo = self.iterate(state, seen, target)
-                elbos.append(elbo)
-                if weight > 0:
-                    total = total + weight * loss
-        return state, total, elbos
-
-    def _checkpointed(
-        self, state: State, steps: Sequence[tuple[float, Tensor, Tensor]]
-    ) -> tuple[State, Tensor, list[Tensor]]:
-        """`_iterations`, of which nothing is kept but where they start from."""
-
-        def run(_: Tensor, *values: Tensor | None) -> tuple[Tensor | None, ...]:
-            after, loss, found = self._iterations(State(*values), steps)  # type: ignore[arg-type]
-            return loss, torch.stack(found), *after[: len(values)]
-
-        # Reentrant, for the other kind does without `torch.func.grad`, by which strategies differentiate. It goes back
-        # to parameters only from an input that has a gradient.
-        anchor = torch.zeros((), requires_grad=True)
-        loss, found, *values = checkpoint(run, anchor, *state[:-1], use_reentrant=True)
-        return State(*values), loss, list(found)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         """Lightning empties gradients after the step's loss is there, when truncated windows have left theirs."""
@@ -176,7 +88,7 @@ class TrainingModule(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: D102
         x = batch.x.to(self.model.mixing_logits.dtype)
-        outcome = self.stepwise_outcome(x) if self.stepwise else self.outcome(x)
+        outcome = self.unroll(x)
         self._train.append(torch.stack([outcome.loss.detach(), outcome.elbo.detach()]))
         if batch_idx % CHECK_EVERY == 0:
             self._require_finite("training", self._train[-1][0])
@@ -275,13 +187,3 @@ class TrainingModule(lightning.LightningModule):
                 f"the {split} loss is {loss.item()} in epoch {self.current_epoch + 1}: try a smaller learning_rate, "
                 "a gradient_clip, or float32 in place of bfloat16; what the epochs before it learned is kept"
             )
-
-
-Step = TypeVar("Step")
-
-
-def _pieces(steps: Sequence[Step], length: int | None) -> Iterator[tuple[int, Sequence[Step]]]:
-    """Runs of so many steps, or all of them; with the index of the first."""
-    length = len(steps) if length is None else length
-    for start in range(0, len(steps), length):
-        yield start, steps[start : start + length]

@@ -164,7 +164,7 @@ class TestPanels:
         H, W, C = shape
         gamma = torch.ones(120, B, K, H * W) / K
         mean = torch.zeros(120, B, K, H * W, C)
-        state = State(gamma, mean, mean, gamma, gamma, torch.zeros(120, B, K))
+        state = State(gamma, mean, mean, gamma, gamma, torch.zeros(120, B), torch.zeros(120, B, K))
         posterior = Posterior.from_states([state.map(lambda v: v[:110])], torch.zeros(110, B), keep_trace=False)
         film = plots.animation(
             torch.zeros(111, B, H * W, C), posterior, shape, model=given.model, rolled=state.map(lambda v: v[110:])
@@ -254,7 +254,7 @@ class TestGif:
         mean = functional.avg_pool2d(torch.stack(owned, 2).flatten(0, 1), 3, 1, 1)[1:].reshape(20, 1, 3, 784)
         mean = 0.05 + 0.9 * mean + 0.02 * torch.rand(20, 1, 3, 784, generator=torch.Generator().manual_seed(0))
         gamma, psi = mean.mul(9).softmax(-2), mean.logit().unsqueeze(-1)
-        state = State(gamma, mean.unsqueeze(-1), psi, gamma, gamma.log(), torch.zeros(20, 1, 3))
+        state = State(gamma, mean.unsqueeze(-1), psi, gamma, gamma.log(), torch.zeros(20, 1), torch.zeros(20, 1, 3))
         posterior = Posterior.from_states([state], torch.zeros(20, 1), keep_trace=False)
         content = plots.animation(x, posterior, (28, 28, 1), model=made().model)._gif(None, False)
         assert len(content) < 500_000

@@ -247,7 +247,7 @@ def test_the_small_suites_run_through(tmp_path, suite):
     ("options", "message"),
     [
         (["--suite", "tpu"], "unknown suite 'tpu': choose one of cpu, gpu"),
-        (["--only", "em"], "unknown part 'em': choose of steps, pyro, fit, growth, mixtures"),
+        (["--only", "em"], "unknown part 'em': choose of steps, kernels, pyro, fit, growth, mixtures"),
         (["--repetitions", 0], "repetitions must be at least 1"),
         (["--threads", 0], "threads must be at least 1"),
         (["--device", "tpu"], "unknown device"),

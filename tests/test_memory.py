@@ -47,7 +47,7 @@ def peak(function: Callable[[], object]) -> int:
 
 
 def peak_of_step(step: TrainingModule, x: torch.Tensor) -> int:
-    return peak(lambda: (step.stepwise_outcome(x) if step.stepwise else step.outcome(x)).loss.backward())
+    return peak(lambda: step.unroll(x).loss.backward())
 
 
 @pytest.mark.parametrize("strategy", ["rnn-em", "iterative-vi"])
@@ -58,7 +58,7 @@ def test_checkpointing_changes_no_gradient(strategy, T):
     for checkpointing in (False, True):
         step = module(T, strategy, activation_checkpointing=checkpointing).double()
         torch.manual_seed(1)
-        outcome = step.stepwise_outcome(images(torch.float64))
+        outcome = step.unroll.in_pieces(images(torch.float64))
         outcome.loss.backward()
         found.append([*outcome, *(p.grad for p in step.parameters())])
     for plain, checkpointed in zip(*found, strict=True):

@@ -28,7 +28,10 @@ D = H * W
 
 def posterior_of(gamma: Tensor, mean: Tensor, elbo_trace: Tensor) -> Posterior:
     """The posterior whose iterations have these γ (T, B, K, D) and predictions (T, B, K, D, C)."""
-    states = [State(g.sum(-1, keepdim=True), m, m, g, g.log(), g.mean(-1)) for g, m in zip(gamma, mean, strict=True)]
+    states = [
+        State(g.sum(-1, keepdim=True), m, m, g, g.log(), g.sum((-2, -1)), g.mean(-1))
+        for g, m in zip(gamma, mean, strict=True)
+    ]
     return Posterior.from_states(states, elbo_trace, keep_trace=True)
 
 

@@ -43,7 +43,7 @@ def found(model: Any, steps: int, B: int, generator: torch.Generator) -> tuple[P
     q = dist.Delta(theta, event_dim=2)
     return (
         Posterior(theta, psi, mean, gamma, evidence, log_mixing, evidence, None, q),
-        State(theta, mean, psi, gamma, gamma.log(), log_mixing),
+        State(theta, mean, psi, gamma, gamma.log(), evidence, log_mixing),
     )
 
 

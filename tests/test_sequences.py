@@ -324,7 +324,7 @@ class TestTraining:
             return [parameter.grad.clone() for part in (model, strategy) for parameter in part.parameters()]
 
         torch.manual_seed(7)
-        outcome = module.stepwise_outcome(x)
+        outcome = module.unroll.in_pieces(x)
         outcome.loss.backward()
         ours = gradients()
         model.zero_grad(), strategy.zero_grad()
@@ -350,7 +350,7 @@ class TestTraining:
             module = TrainingModule(model, strategy, ELBO(weights), TrainingSettings(truncation=truncation), 1)
             module.zero_grad()
             torch.manual_seed(7)
-            module.stepwise_outcome(x).loss.backward()
+            module.unroll.in_pieces(x).loss.backward()
             gradients.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
         torch.testing.assert_close(*gradients)
 

@@ -20,7 +20,8 @@ def state_at(strategy, x, theta) -> State:
     psi = model.decode(theta)
     start = strategy.init(x)._replace(theta=theta, psi=psi, mean=model.likelihood.mean(psi))
     log_joint = model.log_joint_at(x, psi)
-    return start._replace(gamma=log_joint.softmax(-2), log_joint=log_joint)
+    log_evidence = log_joint.logsumexp(-2).sum(-1)
+    return start._replace(gamma=log_joint.softmax(-2), log_joint=log_joint, log_evidence=log_evidence)
 
 
 @pytest.mark.parametrize("name", MODELS)

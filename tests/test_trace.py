@@ -48,7 +48,10 @@ def posterior_of(gamma, theta=None, elbo=None):
     T, B, K, D = gamma.shape
     theta = torch.zeros(T, B, K, 5) if theta is None else theta
     mean, log_mixing = torch.zeros(B, K, D, 1), torch.full((B, K), -math.log(K))
-    states = [State(m, mean, mean, g, g.clamp_min(1e-30).log(), log_mixing) for m, g in zip(theta, gamma, strict=True)]
+    states = [
+        State(m, mean, mean, g, g.clamp_min(1e-30).log(), torch.zeros(B), log_mixing)
+        for m, g in zip(theta, gamma, strict=True)
+    ]
     return Posterior.from_states(states, torch.zeros(T, B) if elbo is None else elbo, keep_trace=True)
 
 
@@ -211,7 +214,11 @@ def test_only_falls_beyond_rounding_count(fall):
         strategy,
         images(1),
         posterior=posterior_of(gamma, state.theta)._replace(
-            trace=state._replace(log_joint=log_joint, gamma=log_joint.softmax(-2).float())
+            trace=state._replace(
+                log_joint=log_joint,
+                gamma=log_joint.softmax(-2).float(),
+                log_evidence=log_joint.logsumexp(-2).sum(-1),
+            )
         ),
     )
     assert found.elbo[1, 0] < found.elbo[0, 0]

@@ -327,7 +327,7 @@ def test_the_compiled_iteration_gives_the_same_loss_and_gradients(name, objectiv
         module = TrainingModule(model, strategy, objective, TrainingSettings(), 10, compile_on=compile_on)
         module.zero_grad()
         torch.manual_seed(5)
-        outcome = module.stepwise_outcome(x) if compiled else module.outcome(x)
+        outcome = module.unroll(x)
         outcome.loss.backward()
         results.append([*outcome, *(p.grad.clone() for p in module.parameters())])
     for eager, compiled in zip(*results, strict=True):

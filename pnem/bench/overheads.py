@@ -1,7 +1,6 @@
 """What Pyro adds to a training step, what Lightning adds to an epoch, and how an epoch grows with its images."""
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from pnem.bench.clock import Spread, alternately, timed
 from pnem.bench.growth import growth_row
 from pnem.bench.report import Row
 from pnem.bench.steps import WARM_UP, training_step
-from pnem.compilation import missing_compiler
+from pnem.compilation import compiler_warnings_ignored, missing_compiler
 from pnem.data import ImageDataset
 from pnem.inference import ELBO
 from pnem.recipe import Parts
@@ -59,9 +58,7 @@ def time_pyro(size: Size, *, repetitions: int, device: torch.device, seed: int) 
             "plain": training_step(pairs["plain"], x, precision="float32", compile=False),
             "pyro": pyro_step(pairs["pyro"], x),
         }
-        with warnings.catch_warnings():
-            # The compiler looks at the gradients of its inputs, which within an unroll have none to keep.
-            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+        with compiler_warnings_ignored():
             alternately(steps, WARM_UP, device)
         seconds = alternately(steps, repetitions, device)
         share = 100 * (seconds["pyro"] / seconds["plain"] - 1)

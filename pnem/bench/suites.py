@@ -9,6 +9,7 @@ import torch
 
 from pnem.bench.cases import CASES, Size
 from pnem.bench.growth import time_growth
+from pnem.bench.kernels import time_kernels
 from pnem.bench.mixtures import MixtureSize, time_mixtures
 from pnem.bench.overheads import time_fit, time_pyro
 from pnem.bench.peaks import Peaks, measure_peaks
@@ -78,6 +79,11 @@ def _steps(suite: Suite, setting: Setting, peaks: Peaks) -> Iterator[Row]:
             yield from time_case(name, size, peaks, compiled=name in suite.compiled, **vars(setting))
 
 
+def _kernels(suite: Suite, setting: Setting, peaks: Peaks) -> Iterator[Row]:
+    size = replace(suite.size, batch=suite.batches[-1])
+    return time_kernels(size, compiled=bool(suite.compiled), **vars(setting))
+
+
 def _pyro(suite: Suite, setting: Setting, peaks: Peaks) -> Iterator[Row]:
     return time_pyro(replace(suite.size, batch=suite.batches[0]), **vars(setting))
 
@@ -96,6 +102,7 @@ def _mixtures(suite: Suite, setting: Setting, peaks: Peaks) -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[Suite, Setting, Peaks], Iterator[Row]]] = {
     "steps": _steps,
+    "kernels": _kernels,
     "pyro": _pyro,
     "fit": _fit,
     "growth": _growth,

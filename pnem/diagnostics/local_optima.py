@@ -107,8 +107,8 @@ def _plug_in(strategy: Strategy, state: State, log_evidence: Tensor) -> Tensor:
 
 def _state(posterior: Posterior) -> State:
     """As far as an ascent needs it."""
-    theta, psi, mean, gamma, _, log_mixing = posterior[:6]
-    return State(theta, mean, psi, gamma, torch.zeros_like(gamma), log_mixing)
+    theta, psi, mean, gamma, log_evidence, log_mixing = posterior[:6]
+    return State(theta, mean, psi, gamma, torch.zeros_like(gamma), log_evidence, log_mixing)
 
 
 def _rising(values: list[Tensor], dtype: torch.dtype) -> Tensor:

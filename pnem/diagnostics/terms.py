@@ -18,6 +18,7 @@ from pnem.inference.estimates import check_counts
 from pnem.inference.posterior import extended
 from pnem.inference.proposals import MomentMatched
 from pnem.models import SpatialMixture
+from pnem.models.closed_forms import assignments
 
 __all__ = ["Terms", "elbo_terms", "images_at_once", "state_at", "state_of", "terms_at"]
 
@@ -238,7 +239,10 @@ def _states(posterior: Posterior, x: Tensor, strategy: Strategy) -> Iterator[Sta
 def state_of(model: SpatialMixture, posterior: Posterior, x: Tensor) -> State:
     """The last state at the posterior's θ, as of a Delta there."""
     log_joint = _log_joint(model, x, posterior.psi, posterior.log_mixing)
-    return State(posterior.theta, posterior.mean, posterior.psi, posterior.gamma, log_joint, posterior.log_mixing)
+    log_evidence = log_joint.logsumexp(-2).sum(-1)
+    return State(
+        posterior.theta, posterior.mean, posterior.psi, posterior.gamma, log_joint, log_evidence, posterior.log_mixing
+    )
 
 
 def _averaged(strategy: Strategy, state: State, x: Tensor, draws: int) -> Terms:
@@ -260,7 +264,8 @@ def state_at(strategy: Strategy, state: State, theta: Tensor, x: Tensor) -> Stat
         return strategy.evaluate(state, theta, x)
     psi = strategy.model.decode(theta)
     log_joint = _log_joint(strategy.model, x, psi, state.log_mixing)
-    return state._replace(theta=theta, psi=psi, log_joint=log_joint, gamma=log_joint.softmax(-2))
+    gamma, log_evidence = assignments(log_joint)
+    return state._replace(theta=theta, psi=psi, gamma=gamma, log_joint=log_joint, log_evidence=log_evidence.sum(-1))
 
 
 def _log_joint(model: SpatialMixture, x: Tensor, psi: Tensor, log_mixing: Tensor) -> Tensor:
