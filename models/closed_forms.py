@@ -20,7 +20,7 @@ def assignments(log_joint: Tensor) -> tuple[Tensor, Tensor]:
     >>> gamma.squeeze(-1), log_evidence.exp()
     (tensor([0.2500, 0.7500]), tensor([1.]))
     """
-    return _Assignments.apply(log_joint)  # type: ignore[no-any-return, no-untyped-call]
+    return _Assignments.apply(log_joint)
 
 
 def bernoulli_terms(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def bernoulli_terms(logits: Tensor) -> tuple[Tensor, Tensor]:
     >>> bernoulli_terms(torch.zeros(1))
     (tensor([0.5000]), tensor([-0.6931]))
     """
-    return _BernoulliTerms.apply(logits)  # type: ignore[no-any-return, no-untyped-call]
+    return _BernoulliTerms.apply(logits)
 
 
 class _Assignments(Function):
