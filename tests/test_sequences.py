@@ -130,7 +130,8 @@ class TestFilter:
 
         sizes = {t: held() for t, _ in enumerate(strategy.filter(frames())) if t in (5, 250, 499)}
         assert len(sizes) == 3
-        assert len(set(sizes.values())) == 1, sizes
+        # What other tests have left behind may go meanwhile.
+        assert sizes[5] >= sizes[250] >= sizes[499], sizes
 
     def test_refuses_frames_that_do_not_go_together(self):
         strategy = predictor()
