@@ -58,8 +58,8 @@ class Unroll:
         self.objective = objective
         self.truncation = training.truncation
         self.checkpointing = training.activation_checkpointing
-        self.stepwise = compile_on is not None or self.truncation is not None or self.checkpointing
         self.compiles = compile_on is not None
+        self.stepwise = self.compiles or self.truncation is not None or self.checkpointing
         self.run: Callable[..., Found] = self.iterations
         if compile_on is not None:
             self.run = compiled(self.iterations, required=training.compile is True, device=compile_on)

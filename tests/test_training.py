@@ -13,6 +13,7 @@ import torch
 from fitting import SHAPE, arrays, parts, splits, train, weights
 
 import pnem
+from pnem import unrolling
 from pnem.data import ImageDataset
 from pnem.errors import DataError, DeviceError, PnemError, RunError
 from pnem.inference import ELBO, NEM, RNNEM, BitFlip, NEMLoss
@@ -332,6 +333,29 @@ def test_the_compiled_iteration_gives_the_same_loss_and_gradients(name, objectiv
         results.append([*outcome, *(p.grad.clone() for p in module.parameters())])
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=1e-12)
+
+
+def test_long_unrolls_are_compiled_in_pieces_of_about_equal_length(monkeypatch):
+    pieces = []
+
+    def recorded(function, **_):
+        return lambda *args: pieces.append(len(args[1])) or function(*args)
+
+    monkeypatch.setattr(unrolling, "compiled", recorded)
+    monkeypatch.setattr(unrolling, "COMPILED_AT_ONCE", 4)
+    model = SpatialMixture(decoders.Linear(5, SHAPE), Bernoulli(), 3, pixel_prior=0.0).double()
+    strategy = RNNEM(model, iterations=9).double()
+    x, results = arrays()[0][0].flatten(1, 2).double(), []
+    for compile_on in (None, torch.device("cpu")):
+        module = TrainingModule(model, strategy, ELBO("ramp"), TrainingSettings(), 10, compile_on=compile_on)
+        module.zero_grad()
+        torch.manual_seed(5)
+        outcome = module.unroll(x)
+        outcome.loss.backward()
+        results.append([*outcome, *(p.grad.clone() for p in module.parameters())])
+    assert pieces == [3, 3, 3]
+    for whole, in_pieces in zip(*results, strict=True):
+        torch.testing.assert_close(in_pieces, whole, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.slow
