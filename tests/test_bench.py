@@ -14,6 +14,7 @@ from pnem import bench
 from pnem.bench import mixtures
 from pnem.bench.cases import CASES, HAND_WRITTEN, Size, build, hand_written, images
 from pnem.bench.clock import Spread, alternately
+from pnem.bench.growth import bends
 from pnem.bench.memory import peak_memory
 from pnem.bench.overheads import pyro_step
 from pnem.bench.peaks import Peaks, measure_peaks
@@ -135,11 +136,27 @@ def test_peaks_are_the_best_of_all_repetitions():
         assert 1e9 * row.value.high <= rate * (1 + 1e-9)
 
 
+def test_a_precision_without_instructions_is_not_timed():
+    slow = Peaks({"float32": 1e9, "bfloat16": 2e7}, 1e9)
+    rows = {row.name: row for row in time_case("vae", TINY, slow, compiled=True, **SETTING)}
+    assert rows["compiled, bfloat16"].value is None
+    assert rows["compiled, bfloat16"].note.startswith("no instructions for bfloat16: its products are 50 times slower")
+    assert rows["compiled"].value is not None
+
+
+def test_peaks_of_slow_products_are_of_smaller_matrices(monkeypatch):
+    monkeypatch.setattr("pnem.bench.peaks.LONGEST", 0.0)
+    _, rows = measure_peaks(CPU, 256, 2**16, 1)
+    assert [row.note.split(",")[0] for row in rows[:2]] == ["64×64"] * 2
+
+
 def test_growth_of_linear_and_quadratic_times():
     sizes, noise = np.array([100, 200, 400]), np.array([[1.0], [2.0], [0.5]])
     np.testing.assert_allclose(bench.exponents(sizes, noise * sizes), 1)
     np.testing.assert_allclose(bench.exponents(sizes, noise * sizes**2), 2)
     assert (bench.exponents(sizes, 3 + noise * sizes) < 1).all()
+    np.testing.assert_allclose(bends(sizes, 3 + noise * sizes), 1)
+    assert (bends(sizes, 3 + noise * sizes**2) > 1.5).all()
 
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal"])
@@ -200,7 +217,7 @@ def check_json(path):
         assert list(row) == list(bench.Row.__dataclass_fields__)
         assert row["section"]
         assert row["unit"] in ("ms", "GFLOP/s", "GB/s", "% more", "exponent")
-        assert (row["value"] is None) == row["note"].startswith(("no compiler", "not installed"))
+        assert (row["value"] is None) == row["note"].startswith(("no instructions", "there is no", "not installed"))
         for spread in [row["value"], *row["speeds"].values()]:
             if spread is not None:
                 assert set(spread) == SPREAD

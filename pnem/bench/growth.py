@@ -11,7 +11,7 @@ from pnem.bench.clock import Spread, alternately
 from pnem.bench.report import Row
 from pnem.bench.steps import WARM_UP, training_step
 
-__all__ = ["exponents", "growth_row", "time_growth"]
+__all__ = ["bends", "exponents", "growth_row", "time_growth"]
 
 
 def exponents(sizes: Sequence[int], seconds: np.ndarray) -> np.ndarray:
@@ -33,12 +33,32 @@ def exponents(sizes: Sequence[int], seconds: np.ndarray) -> np.ndarray:
     return slopes
 
 
+def bends(sizes: Sequence[int], seconds: np.ndarray) -> np.ndarray:
+    """What the last of three sizes takes more than the second, over what it would by the line through the first two.
+
+    It is 1 where time grows linearly, on top of whatever a step takes at any size.
+
+    Args:
+        sizes: three of them.
+        seconds: (rounds, 3).
+
+    Returns:
+        (rounds,)
+
+    >>> bends([10, 20, 40], np.array([[3.0, 4.0, 6.0], [1.0, 4.0, 16.0]])).tolist()
+    [1.0, 2.0]
+    """
+    slopes = np.diff(seconds) / np.diff(sizes)
+    bend: np.ndarray = slopes[:, 1] / slopes[:, 0]
+    return bend
+
+
 def growth_row(section: str, name: str, sizes: Sequence[int], seconds: np.ndarray) -> Row:
-    """The exponent over rounds, and the times that it is of."""
-    found = Spread.of(exponents(sizes, seconds))
-    times = ", ".join(f"{1000 * value:,.0f}" for value in np.median(seconds, axis=0))
-    shown = ", ".join(map(str, sizes))
-    note = f"{name} = {shown}: {times} ms; × {2**found.median:.2f} per doubling"
+    """The exponent over rounds, the times that it is of, and the bend of their medians."""
+    found, medians = Spread.of(exponents(sizes, seconds)), np.median(seconds, axis=0)
+    times, shown = ", ".join(f"{1000 * value:,.0f}" for value in medians), ", ".join(map(str, sizes))
+    bend = bends(sizes, medians[None]).item()
+    note = f"{name} = {shown}: {times} ms; the last step up × {bend:.2f} of linear"
     return Row(section, f"in {name}", found, "exponent", note=note)
 
 

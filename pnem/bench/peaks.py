@@ -4,12 +4,15 @@ from typing import NamedTuple
 
 import torch
 
-from pnem.bench.clock import Spread, alternately
+from pnem.bench.clock import Spread, alternately, timed
 from pnem.bench.report import Row
 
 __all__ = ["Peaks", "measure_peaks"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Seconds. Smaller matrices serve where a product would take longer: a CPU without instructions for a precision may do
+# 1 GFLOP/s in it.
+LONGEST = 0.5
 
 
 class Peaks(NamedTuple):
@@ -20,11 +23,12 @@ class Peaks(NamedTuple):
 
 
 def measure_peaks(device: torch.device, size: int, copied: int, repetitions: int) -> tuple[Peaks, list[Row]]:
-    """Multiplies square matrices of `size` rows in both precisions, and copies an array of `copied` bytes.
+    """Multiplies square matrices of at most `size` rows in both precisions, and copies an array of `copied` bytes.
 
     float32 products are in float32, as torch computes them unless told otherwise.
     """
-    a = {name: torch.randn(size, size, device=device).to(dtype) for name, dtype in DTYPES.items()}
+    sizes = {name: _affordable(dtype, size, device) for name, dtype in DTYPES.items()}
+    a = {name: torch.randn(sizes[name], sizes[name], device=device).to(dtype) for name, dtype in DTYPES.items()}
     products = {name: torch.empty_like(matrix) for name, matrix in a.items()}
     source = torch.ones(copied // 4, device=device)
     target = torch.empty_like(source)
@@ -33,25 +37,38 @@ def measure_peaks(device: torch.device, size: int, copied: int, repetitions: int
     }
     alternately(functions, 2, device)
     seconds = alternately(functions, repetitions, device)
-    flops, moved = 2 * size**3, 2 * source.nbytes
+    rates = {name: 2 * sizes[name] ** 3 / seconds[name] for name in DTYPES}
+    moved = 2 * source.nbytes / seconds["bandwidth"]
     rows = [
         Row(
             "the machine's peak",
             f"matrix product, {name}",
-            Spread.of(flops / seconds[name] / 1e9),
+            Spread.of(rates[name] / 1e9),
             "GFLOP/s",
-            note=f"{size}×{size}, best {flops / seconds[name].min() / 1e9:.3g}",
+            note=f"{sizes[name]}×{sizes[name]}, best {rates[name].max() / 1e9:.3g}",
         )
         for name in DTYPES
     ]
-    rate = moved / seconds["bandwidth"]
     rows.append(
         Row(
             "the machine's peak",
             "memory, copy",
-            Spread.of(rate / 1e9),
+            Spread.of(moved / 1e9),
             "GB/s",
-            note=f"{source.nbytes / 2**20:.0f} MiB read and written, best {rate.max() / 1e9:.3g}",
+            note=f"{source.nbytes / 2**20:.0f} MiB read and written, best {moved.max() / 1e9:.3g}",
         )
     )
-    return Peaks({name: float(flops / seconds[name].min()) for name in DTYPES}, float(rate.max())), rows
+    return Peaks({name: float(rate.max()) for name, rate in rates.items()}, float(moved.max())), rows
+
+
+def _affordable(dtype: torch.dtype, size: int, device: torch.device) -> int:
+    """The rows of square matrices, at most `size`, whose product takes no longer than `LONGEST`, or 64."""
+    rows = min(size, 64)
+    while rows < size:
+        matrix = torch.ones(rows, rows, dtype=dtype, device=device)
+        torch.mm(matrix, matrix)
+        # Twice the rows are eight times the work.
+        if 8 * timed(lambda matrix=matrix: torch.mm(matrix, matrix), device) > LONGEST:
+            break
+        rows = min(size, 2 * rows)
+    return rows

@@ -31,6 +31,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Settings of `pnem.fit` that steps are timed under: a new way of compiling is one more line here."""
 BY_HAND = "by hand"
+# A precision in which products are so much slower than in float32 is not timed: its steps would take minutes.
+FAR_SLOWER = 10.0
 # Rounds, beside the first.
 WARM_UP = 1
 
@@ -88,12 +90,9 @@ def time_case(
     section = f"step of {name}\nK {size.K}, T {T}, batch {size.batch}"
     count = size.batch * (T if parts.strategy.is_sequential else 1)
     clip = 1.0 if parts.strategy.is_sequential else None
-    lacking = missing_compiler(device)
-    variants = {
-        variant: settings
-        for variant, settings in VARIANTS.items()
-        if not settings["compile"] or (compiled and lacking is None)
-    }
+    asked = {variant: settings for variant, settings in VARIANTS.items() if compiled or not settings["compile"]}
+    lacking = {variant: _lacking(settings, peaks, device) for variant, settings in asked.items()}
+    variants = {variant: settings for variant, settings in asked.items() if lacking[variant] is None}
     # All are built before any is compiled, for to build one discards what was compiled.
     steps = {
         variant: training_step(copy.deepcopy(parts), x, gradient_clip=clip, **settings)
@@ -126,9 +125,17 @@ def time_case(
             memory=peak_memory(step, device),
             first_seconds=first[variant] if settings["compile"] else None,
         )
-    if compiled and lacking is not None:
-        for variant in [variant for variant in VARIANTS if variant not in variants]:
-            yield Row(section, variant, None, note=lacking)
+    for variant, reason in lacking.items():
+        if reason is not None:
+            yield Row(section, variant, None, note=reason)
+
+
+def _lacking(settings: dict[str, Any], peaks: Peaks, device: torch.device) -> str | None:
+    """Why a variant cannot be timed on this machine; None where it can."""
+    slower = peaks.products["float32"] / peaks.products[settings["precision"]]
+    if slower > FAR_SLOWER:
+        return f"no instructions for {settings['precision']}: its products are {slower:.0f} times slower than float32's"
+    return missing_compiler(device) if settings["compile"] else None
 
 
 def _work_by_precision(parts: Parts, x: Tensor, clip: float | None) -> dict[str, Work]:
