@@ -227,9 +227,13 @@ class Strategy(Configured, nn.Module, ABC):
         return state if state.location is None else self.evaluate(state, state.location, x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The Pyro guide: unrolls on `x` (B, D, C) and samples θ at the last state."""
+        """The Pyro guide: unrolls on `x` (B, D, C) and samples θ from the last q(θ), whose E-step is the model's."""
         register_parameters("strategy", self)
-        return self.guide_at(self.unroll(x)[-1])()
+        state, x_in = self.start(x)
+        *before, (last, _) = self.frames(x_in, x)
+        for seen, target in before:
+            state = self.step(state, seen, target)
+        return self.guide_at(self.improve(state, last))()
 
     def check_infer(self, restarts: int, iterations: int, gamma: Tensor | None) -> None:
         """Raises `StrategyError` unless `infer` can do with these."""

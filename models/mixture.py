@@ -367,5 +367,12 @@ class SpatialMixture(Configured, nn.Module):
                 z = pyro.sample(
                     "z", dist.Categorical(logits=log_weights.transpose(-1, -2)), infer={"enumerate": "parallel"}
                 )
-                psi_z = Vindex(psi.transpose(-2, -3))[..., z, :]
-                return pyro.sample("x", self.likelihood.distribution(psi_z), obs=x)
+                return pyro.sample("x", self.likelihood.distribution(_of_owner(psi, z)), obs=x)
+
+
+def _of_owner(psi: Tensor, z: Tensor) -> Tensor:
+    """ψ_{z_i} of every pixel: psi (..., K, D, P), z (..., D) -> (..., D, P); for enumerated z (K, 1, ..., 1) a view."""
+    every = torch.arange(psi.shape[-3], device=z.device)
+    if len(z) == z.numel() and z.dim() == psi.dim() - 1 and torch.equal(z.flatten(), every):
+        return psi.movedim(-3, 0)
+    return Vindex(psi.transpose(-2, -3))[..., z, :]

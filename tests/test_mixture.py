@@ -13,6 +13,7 @@ from pyro.infer import Predictive, TraceEnum_ELBO, infer_discrete
 
 from pnem.errors import ModelError
 from pnem.models import Bernoulli, Normal, SpatialMixture, decoders
+from pnem.models.mixture import _of_owner
 
 pytestmark = pytest.mark.usefixtures("float64")
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -234,3 +235,17 @@ def test_images_that_are_no_tensor_are_refused():
     model = SpatialMixture(decoders.MLP(2, (3, 4, 1)), Bernoulli(), 2)
     with pytest.raises(ModelError, match=r"type ndarray: give torch\.as_tensor"):
         model.check(torch.zeros(5, 12, 1).numpy())
+
+
+@pytest.mark.parametrize("frames", [(), (3,)])
+def test_the_owners_parameters_are_a_view_where_z_is_enumerated(frames):
+    psi = torch.randn(*frames, 2, 4, 5, 1)
+    every = torch.arange(4)
+    enumerated = _of_owner(psi, every.view(4, *[1 for _ in frames], 1, 1))
+    assert enumerated.data_ptr() == psi.data_ptr()
+    for k in every:
+        drawn = _of_owner(psi, torch.full((*frames, 2, 5), k))
+        assert torch.equal(enumerated[k], drawn)
+        assert torch.equal(drawn, psi[..., k, :, :])
+    z = torch.randint(4, (*frames, 2, 5))
+    assert torch.equal(_of_owner(psi, z), psi.take_along_dim(z[..., None, :, None], -3).squeeze(-3))
