@@ -10,7 +10,7 @@ from rich.table import Table
 
 from pnem import plots
 from pnem.data import ImageDataset, write_static_shapes
-from pnem.devices import resolve_device
+from pnem.devices import bfloat16_speed, resolve_device
 from pnem.errors import RunError
 from pnem.inference import Posterior
 from pnem.presets import PRESETS
@@ -88,22 +88,8 @@ def _train(name: str, data: Path, directory: Path, scale: Scale, seed: int, devi
     torch.manual_seed(seed)
     model, strategy, objective = preset.build(ImageDataset.from_hdf5(data, "training").image_shape)
     settings = {**preset.training, "epochs": scale.epochs, "train_limit": scale.train[name]}
-    settings["precision"] = _faster_precision(device)
+    settings["precision"] = "bfloat16" if bfloat16_speed(resolve_device(device)) > 1 else "float32"
     return fit(model, strategy, data, objective=objective, out=directory, seed=seed, device=device, **settings)
-
-
-def _faster_precision(device: str) -> str:
-    """bfloat16 where this machine multiplies matrices of the demo's size faster in it, as only newer ones do."""
-    seconds = {}
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        a, b = (torch.ones(shape, dtype=dtype, device=resolve_device(device)) for shape in ((256, 784), (784, 250)))
-        (a @ b).sum().item()
-        start = time.perf_counter()
-        for _ in range(20):
-            product = a @ b
-        product.sum().item()
-        seconds[name] = time.perf_counter() - start
-    return min(seconds, key=seconds.__getitem__)
 
 
 def _row(single: Scores | SequenceScores, best: Scores | SequenceScores) -> tuple[str, ...]:

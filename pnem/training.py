@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from pnem.callbacks import BestCheckpoint, CollapseWatch, History, Patience, ProgressBar, SafeCheckpointIO
 from pnem.compilation import should_compile
 from pnem.data import ImageDataset
-from pnem.devices import PRECISIONS, forked_rng, resolve_devices
+from pnem.devices import PRECISIONS, bfloat16_speed, forked_rng, resolve_devices
 from pnem.distributed import TIMEOUT, check_processes, in_processes, is_first, started_by_torchrun
 from pnem.errors import DataError, RunError
 from pnem.inference import ELBO, NUTS, ClassicalEM, Objective, Strategy
@@ -125,6 +125,8 @@ def fit(
         if resume:
             check_resumable(out, described)
         first = is_first()
+        if first and training.precision == "bfloat16":
+            _warn_where_slower(device)
         if out is None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         else:
@@ -159,6 +161,16 @@ def _training_settings(given: Mapping[str, Any]) -> TrainingSettings:
     except TypeError as error:
         known = ", ".join(field.name for field in fields(TrainingSettings))
         raise RunError(f"cannot train with these settings ({error}): choose from {known}") from error
+
+
+def _warn_where_slower(device: torch.device) -> None:
+    speed = bfloat16_speed(device)
+    if speed < 0.5:
+        warnings.warn(
+            f"bfloat16 is slower than float32 here: {device} has no instructions for it, and multiplies matrices "
+            f"{1 / speed:.0f} times as slowly; leave the precision at float32",
+            stacklevel=3,
+        )
 
 
 def _name(start: str | Path | Run) -> str:
@@ -241,7 +253,6 @@ def _train(
     cuda = devices[0].type == "cuda"
     # Processes on a CPU share its memory.
     share_of_batch = training.batch_size // (training.processes if cuda else training.nodes)
-    check_memory(strategy, objective, train, replace(training, batch_size=share_of_batch), devices[0])
     history = History(files.history)
     plugins: list[Any] = [SafeCheckpointIO()]
     if training.processes > 1:
@@ -271,6 +282,7 @@ def _train(
         module = TrainingModule(model, strategy, objective, training, steps, compile_on=compile_on)
         share = trainer.global_rank, trainer.world_size
         place = trainer.strategy.root_device
+        check_memory(strategy, objective, train, replace(training, batch_size=share_of_batch), place)
         train_data, valid_data = (
             resident(part, place, model, f"the {name} split")
             for part, name in ((train, "training"), (valid, "validation"))

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -190,6 +191,17 @@ def test_precisions_train_and_round_trip(tmp_path, precision):
     second = pnem.load(tmp_path / "run").infer(x)
     assert first.gamma.dtype == (torch.float64 if precision == "float64" else torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(first[:6], second[:6], strict=True))
+
+
+@pytest.mark.parametrize(("speed", "warns"), [(0.02, True), (4.0, False)])
+def test_bfloat16_where_it_is_slower_warns(monkeypatch, speed, warns):
+    monkeypatch.setattr("pnem.training.bfloat16_speed", lambda device: speed)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(epochs=1, precision="bfloat16")
+    shown = [str(warning.message) for warning in caught if "bfloat16" in str(warning.message)]
+    assert len(shown) == int(warns)
+    assert all("cpu has no instructions for it" in text and "50 times as slowly" in text for text in shown)
 
 
 def test_automatic_device_and_progress_bar(capsys):
