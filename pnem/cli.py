@@ -117,7 +117,7 @@ PRESET_HELP = (
 CompileOption = Annotated[
     bool | None,
     typer.Option(
-        "--compile/--no-compile", help="Compile an iteration: a slow start, faster steps; if left out, where it pays."
+        "--compile/--no-compile", help="Compile the unroll: a slow start, faster steps; if left out, where it pays."
     ),
 ]
 CheckpointingOption = Annotated[

@@ -91,7 +91,7 @@ STATIC_PRESETS: dict[str, Preset] = {
         _rnn_em_quick,
         4,
         8,
-        BEST | {"epochs": 2, "learning_rate": 2e-3},
+        BEST | {"epochs": 1, "learning_rate": 4e-3, "warmup_steps": 0, "gradient_clip": 1.0, "valid_limit": 1_000},
     ),
     "iodine-static-shapes": Preset(
         "iterative-vi",
