@@ -1,6 +1,7 @@
 """One training step of a (model, strategy) pair, as Lightning wants it."""
 
 import math
+from collections import deque
 from typing import Any
 
 import lightning
@@ -89,9 +90,12 @@ class TrainingModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: D102
         x = batch.x.to(self.model.mixing_logits.dtype)
         outcome = self.unroll(x)
-        self._train.append(torch.stack([outcome.loss.detach(), outcome.elbo.detach()]))
+        found = torch.stack([outcome.loss.detach(), outcome.elbo.detach()])
+        self._recent.append(found)
+        self._train = self._train + found.double()
+        self._train_steps += 1
         if batch_idx % CHECK_EVERY == 0:
-            self._require_finite("training", self._train[-1][0])
+            self._require_finite("training", found[0])
         if self.training_settings.processes > 1:
             # DDP averages the gradients of what takes part here, be they left by an earlier window of frames.
             return outcome.loss + 0 * torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum()
@@ -128,7 +132,7 @@ class TrainingModule(lightning.LightningModule):
         """Logs the epoch's metrics once, for a log in every step costs as much as a small step."""
         if self.training_settings.processes > 1:
             self._gather()
-        train_loss, train_elbo = torch.stack(self._train).double().mean(0)
+        train_loss, train_elbo = self._train / self._train_steps
         valid_loss, valid_elbo, *terms = torch.stack(self._valid).sum(0) / self._valid_images
         self._require_finite("training", train_loss)
         self._require_finite("validation", valid_loss)
@@ -149,7 +153,7 @@ class TrainingModule(lightning.LightningModule):
 
     def mean_train_loss(self) -> float | None:
         """Over the last steps of this epoch, in nats per image; None before the first."""
-        return torch.stack(self._train[-CHECK_EVERY:])[:, 0].mean().item() if self._train else None
+        return torch.stack(list(self._recent))[:, 0].mean().item() if self._recent else None
 
     def configure_optimizers(self) -> Any:  # noqa: D102
         settings = self.training_settings
@@ -165,7 +169,10 @@ class TrainingModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _reset(self) -> None:
-        self._train: list[Tensor] = []
+        # Sums over the epoch's steps, and the last of them: an epoch of any length takes no more memory.
+        self._train = torch.zeros(())
+        self._train_steps = 0
+        self._recent: deque[Tensor] = deque(maxlen=CHECK_EVERY)
         self._valid: list[Tensor] = []
         self._symptoms: list[Symptoms] = []
         self._ari: list[Tensor] = []
@@ -173,10 +180,11 @@ class TrainingModule(lightning.LightningModule):
 
     def _gather(self) -> None:
         """What all processes have seen in this epoch in place of what this one has."""
-        for name in ("_train", "_valid", "_symptoms", "_ari"):
+        for name in ("_valid", "_symptoms", "_ari"):
             parts = gathered(getattr(self, name), self.device)
             setattr(self, name, [value for part in parts for value in part])
-        self._valid_images = sum(gathered(self._valid_images))
+        for name in ("_train", "_train_steps", "_valid_images"):
+            setattr(self, name, sum(gathered(getattr(self, name), self.device)))
 
     def _seed(self, seed: int) -> None:
         torch.manual_seed(seed + self.trainer.global_rank * APART)
