@@ -41,6 +41,9 @@ class TrainingModule(lightning.LightningModule):
         compile_on: the device to compile the iteration for; None to leave it as it is.
     """
 
+    # Of the loss and the ELBO, over an epoch's steps.
+    _train_sums: Tensor
+
     def __init__(
         self,
         model: SpatialMixture,
@@ -92,7 +95,7 @@ class TrainingModule(lightning.LightningModule):
         outcome = self.unroll(x)
         found = torch.stack([outcome.loss.detach(), outcome.elbo.detach()])
         self._recent.append(found)
-        self._train = self._train + found.double()
+        self._train_sums = self._train_sums + found.double()
         self._train_steps += 1
         if batch_idx % CHECK_EVERY == 0:
             self._require_finite("training", found[0])
@@ -132,7 +135,7 @@ class TrainingModule(lightning.LightningModule):
         """Logs the epoch's metrics once, for a log in every step costs as much as a small step."""
         if self.training_settings.processes > 1:
             self._gather()
-        train_loss, train_elbo = self._train / self._train_steps
+        train_loss, train_elbo = self._train_sums / self._train_steps
         valid_loss, valid_elbo, *terms = torch.stack(self._valid).sum(0) / self._valid_images
         self._require_finite("training", train_loss)
         self._require_finite("validation", valid_loss)
@@ -169,8 +172,8 @@ class TrainingModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _reset(self) -> None:
-        # Sums over the epoch's steps, and the last of them: an epoch of any length takes no more memory.
-        self._train = torch.zeros(())
+        # Sums and the last few, for an epoch's steps may be many.
+        self._train_sums = torch.zeros(())
         self._train_steps = 0
         self._recent: deque[Tensor] = deque(maxlen=CHECK_EVERY)
         self._valid: list[Tensor] = []
@@ -183,7 +186,7 @@ class TrainingModule(lightning.LightningModule):
         for name in ("_valid", "_symptoms", "_ari"):
             parts = gathered(getattr(self, name), self.device)
             setattr(self, name, [value for part in parts for value in part])
-        for name in ("_train", "_train_steps", "_valid_images"):
+        for name in ("_train_sums", "_train_steps", "_valid_images"):
             setattr(self, name, sum(gathered(getattr(self, name), self.device)))
 
     def _seed(self, seed: int) -> None:

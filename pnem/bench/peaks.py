@@ -1,5 +1,6 @@
 """What the machine can do at best: matrix products and memory bandwidth, measured."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -66,9 +67,10 @@ def _affordable(dtype: torch.dtype, size: int, device: torch.device) -> int:
     rows = min(size, 64)
     while rows < size:
         matrix = torch.ones(rows, rows, dtype=dtype, device=device)
-        torch.mm(matrix, matrix)
+        product = functools.partial(torch.mm, matrix, matrix)
+        product()
         # Twice the rows are eight times the work.
-        if 8 * timed(lambda matrix=matrix: torch.mm(matrix, matrix), device) > LONGEST:
+        if 8 * timed(product, device) > LONGEST:
             break
         rows = min(size, 2 * rows)
     return rows
