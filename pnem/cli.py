@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -359,7 +360,14 @@ def demo(
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point of the command line."""
-    app(arguments, prog_name="pnem")
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        app(arguments, prog_name="pnem")
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    """One line, without the place in the code that it comes from."""
+    typer.echo(f"warning: {message}", err=True)
 
 
 if __name__ == "__main__":

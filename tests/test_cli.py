@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 
 import h5py
 import numpy as np
@@ -15,6 +16,7 @@ from fitting import arrays, data_file
 from typer.testing import CliRunner
 
 import pnem
+from pnem import cli
 from pnem.cli import app
 from pnem.data import ImageDataset, write_hdf5
 from pnem.presets import PRESETS, STRATEGIES, find_preset
@@ -298,3 +300,15 @@ def test_a_small_demo(tmp_path):
     output = call("demo", "--small", "--device", "cpu", "--out", tmp_path / "demo")
     assert "RNN-EM" in output
     assert {path.suffix for path in (tmp_path / "demo").iterdir()} >= {".h5", ".png"}
+
+
+def test_a_warning_is_one_line(monkeypatch, capsys):
+    def command(*_, **__):
+        warnings.simplefilter("always")
+        warnings.warn("not as fast as it might be", stacklevel=1)
+
+    monkeypatch.setattr(cli, "app", command)
+    shown = warnings.showwarning
+    cli.main(["train"])
+    assert capsys.readouterr().err == "warning: not as fast as it might be\n"
+    assert warnings.showwarning is shown
