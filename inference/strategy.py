@@ -110,7 +110,7 @@ class Strategy(Configured, nn.Module, ABC):
 
     def evaluate(self, state: State, theta: Tensor, x: Tensor | Callable[[Tensor], Tensor]) -> State:
         """The state at another θ (B, K, M), after the E-step on `x`, or what `x` makes of ψ there; its q(θ) stays."""
-        theta = theta.to(torch.promote_types(theta.dtype, torch.float32))
+        theta = _in_single(theta)
         psi = self.model.decode(theta)
         if not isinstance(x, Tensor):
             x = x(psi)
@@ -227,13 +227,17 @@ class Strategy(Configured, nn.Module, ABC):
         return state if state.location is None else self.evaluate(state, state.location, x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The Pyro guide: unrolls on `x` (B, D, C) and samples θ from the last q(θ), whose E-step is the model's."""
+        """The Pyro guide: unrolls on `x` (B, D, C) and samples θ from the last q(θ).
+
+        The E-step there is left to the model, which sums out z.
+        """
         register_parameters("strategy", self)
         state, x_in = self.start(x)
         *before, (last, _) = self.frames(x_in, x)
         for seen, target in before:
             state = self.step(state, seen, target)
-        return self.guide_at(self.improve(state, last))()
+        state = self.improve(state, last)
+        return self.guide_at(state._replace(theta=_in_single(state.theta)))()
 
     def check_infer(self, restarts: int, iterations: int, gamma: Tensor | None) -> None:
         """Raises `StrategyError` unless `infer` can do with these."""
@@ -290,3 +294,8 @@ class Strategy(Configured, nn.Module, ABC):
         with torch.no_grad():
             states = [self.settle(state, x) for state in states]
         return Posterior.from_states(states, elbo, keep_trace=keep_trace)
+
+
+def _in_single(theta: Tensor) -> Tensor:
+    """In single precision at least."""
+    return theta.to(torch.promote_types(theta.dtype, torch.float32))

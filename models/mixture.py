@@ -371,7 +371,10 @@ class SpatialMixture(Configured, nn.Module):
 
 
 def _of_owner(psi: Tensor, z: Tensor) -> Tensor:
-    """ψ_{z_i} of every pixel: psi (..., K, D, P), z (..., D) -> (..., D, P); for enumerated z (K, 1, ..., 1) a view."""
+    """ψ_{z_i} of every pixel: psi (..., K, D, P), z (..., D) -> (..., D, P).
+
+    A view, where z is enumerated along the dimension before ψ's.
+    """
     every = torch.arange(psi.shape[-3], device=z.device)
     if len(z) == z.numel() and z.dim() == psi.dim() - 1 and torch.equal(z.flatten(), every):
         return psi.movedim(-3, 0)

@@ -365,7 +365,7 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments, prog_name="pnem")
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """One line, without the place in the code that it comes from."""
     typer.echo(f"warning: {message}", err=True)
 

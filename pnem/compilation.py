@@ -16,9 +16,10 @@ from pnem.errors import DeviceError
 
 __all__ = ["compiled", "compiler_warnings_ignored", "missing_compiler", "should_compile"]
 
-# Compiling takes a minute, once. It saves 20 to 30 ns for every pixel, component and iteration on a CPU, and has paid
-# for itself after about so many; on a GPU, where small operations wait for their launches, milliseconds an iteration.
-WORTH_IT_ON_A_CPU = 2.5e9
+# Compiling takes 4 to 10 s an iteration, once. On a CPU it saves 18 to 85 ns for every pixel and component that goes
+# through the iteration, and has paid for itself after 1.2e8 to 3.9e8 of them (the strategies in `pnem bench`); on a
+# GPU, where small operations wait for their launches, it saves milliseconds an iteration.
+WORTH_IT_ON_A_CPU = 3e8
 WORTH_IT_ON_A_GPU = 40_000
 
 
@@ -29,7 +30,7 @@ def should_compile(asked: bool | str, device: torch.device, *, iterations: int, 
         asked: True, False or ``"auto"``.
         device: where the training runs.
         iterations: of the whole training, over all of its steps.
-        pixels: what these go through, over all images, components and iterations.
+        pixels: what goes through an iteration over all steps: images × pixels × components.
 
     Raises:
         DeviceError: True was asked for, but there is no compiler.

@@ -88,7 +88,7 @@ def _train(name: str, data: Path, directory: Path, scale: Scale, seed: int, devi
     torch.manual_seed(seed)
     model, strategy, objective = preset.build(ImageDataset.from_hdf5(data, "training").image_shape)
     settings = {**preset.training, "epochs": scale.epochs, "train_limit": scale.train[name]}
-    settings["precision"] = "bfloat16" if bfloat16_speed(resolve_device(device)) > 1 else "float32"
+    settings["precision"] = "bfloat16" if bfloat16_speed(resolve_device(device)) > 1.2 else "float32"
     return fit(model, strategy, data, objective=objective, out=directory, seed=seed, device=device, **settings)
 
 

@@ -87,7 +87,7 @@ STATIC_PRESETS: dict[str, Preset] = {
     ),
     "quick-rnn-em": Preset(
         "rnn-em",
-        "an RNN-EM that groups within its first epoch, and ends lower: the demo's",
+        "an RNN-EM that groups within one epoch, and ends lower: the demo's",
         _rnn_em_quick,
         4,
         8,

@@ -167,8 +167,8 @@ def _warn_where_slower(device: torch.device) -> None:
     speed = bfloat16_speed(device)
     if speed < 0.5:
         warnings.warn(
-            f"bfloat16 is slower than float32 here: {device} has no instructions for it, and multiplies matrices "
-            f"{1 / speed:.0f} times as slowly; leave the precision at float32",
+            f"bfloat16 is slower than float32 here: {device} multiplies matrices {1 / speed:.0f} times as slowly, as "
+            "processors without instructions for it do; leave the precision at float32",
             stacklevel=3,
         )
 
@@ -275,7 +275,7 @@ def _train(
             use_distributed_sampler=False,
         )
         steps = training.epochs * (len(train) // training.batch_size)
-        images = steps * training.batch_size * strategy.iterations
+        images = steps * training.batch_size
         pixels = images * model.num_components * math.prod(model.decoder.image_shape[:2])
         compiles = should_compile(training.compile, devices[0], iterations=steps * strategy.iterations, pixels=pixels)
         compile_on = devices[0] if compiles else None

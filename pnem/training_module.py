@@ -38,7 +38,7 @@ class TrainingModule(lightning.LightningModule):
         model, strategy, objective: what is trained, and on what.
         training: the settings.
         steps: the length of a cosine schedule.
-        compile_on: the device to compile the iteration for; None to leave it as it is.
+        compile_on: the device to compile the unroll for; None to leave it as it is.
     """
 
     # Of the loss and the ELBO, over an epoch's steps.

@@ -136,12 +136,16 @@ def test_peaks_are_the_best_of_all_repetitions():
         assert 1e9 * row.value.high <= rate * (1 + 1e-9)
 
 
-def test_a_precision_without_instructions_is_not_timed():
-    slow = Peaks({"float32": 1e9, "bfloat16": 2e7}, 1e9)
+def test_a_precision_without_instructions_is_not_run(monkeypatch):
+    slow, built = Peaks({"float32": 1e9, "bfloat16": 2e7}, 1e9), []
+    monkeypatch.setattr(
+        "pnem.bench.steps.training_step", lambda *a, **kw: built.append(kw["precision"]) or training_step(*a, **kw)
+    )
     rows = {row.name: row for row in time_case("vae", TINY, slow, compiled=True, **SETTING)}
     assert rows["compiled, bfloat16"].value is None
     assert rows["compiled, bfloat16"].note.startswith("no instructions for bfloat16: its products are 50 times slower")
     assert rows["compiled"].value is not None
+    assert set(built) == {"float32"}
 
 
 def test_peaks_of_slow_products_are_of_smaller_matrices(monkeypatch):

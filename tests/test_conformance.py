@@ -60,6 +60,17 @@ def test_last_step_elbo_equals_stock_pyro(model_name, strategy_name):
         torch.testing.assert_close(losses.loss * 4, stock)
 
 
+@every_strategy
+@pytest.mark.usefixtures("float64")
+def test_the_guide_draws_from_the_last_q_of_an_unroll(strategy_name):
+    strategy = pair("owned Bernoulli", strategy_name)[1]
+    x = images(4)
+    torch.manual_seed(3)
+    unrolled = strategy.guide_at(strategy.unroll(x)[-1])()
+    torch.manual_seed(3)
+    torch.testing.assert_close(strategy(x), unrolled, rtol=0, atol=0)
+
+
 @every_model
 @every_strategy
 @pytest.mark.usefixtures("float64")

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import math
 
@@ -235,6 +236,30 @@ def test_images_that_are_no_tensor_are_refused():
     model = SpatialMixture(decoders.MLP(2, (3, 4, 1)), Bernoulli(), 2)
     with pytest.raises(ModelError, match=r"type ndarray: give torch\.as_tensor"):
         model.check(torch.zeros(5, 12, 1).numpy())
+
+
+@pytest.mark.parametrize("frames", [(), (3,)])
+def test_pyro_enumerates_owners_as_views(monkeypatch, frames):
+    found = []
+
+    def watched(psi, z):
+        found.append((psi.data_ptr(), _of_owner(psi, z).data_ptr()))
+        return _of_owner(psi, z)
+
+    monkeypatch.setattr("pnem.models.mixture._of_owner", watched)
+    model = SpatialMixture(decoders.Linear(3, (2, 3, 1)), Bernoulli(), 4, pixel_prior=0.0)
+    theta, x = torch.randn(*frames, 2, 4, 3), torch.ones(*frames, 2, 6, 1)
+
+    def guide(_):
+        with contextlib.ExitStack() as plates:
+            if frames:
+                plates.enter_context(pyro.plate("time", *frames, dim=-3))
+            plates.enter_context(pyro.plate("images", 2, dim=-2))
+            plates.enter_context(pyro.plate("components", 4, dim=-1))
+            pyro.sample("theta", dist.Delta(theta, event_dim=1))
+
+    TraceEnum_ELBO(max_plate_nesting=2 + len(frames)).loss(model, guide, x)
+    assert found[-1][0] == found[-1][1]
 
 
 @pytest.mark.parametrize("frames", [(), (3,)])

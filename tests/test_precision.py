@@ -7,8 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SCRIPT = str(Path(__file__).parent / "benchmarks" / "precision.py")
+
+
+class Products(TorchDispatchMode):
+    """Notes what products of matrices are computed in."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(name in str(func) for name in ("mm.", "bmm.")):
+            self.dtypes.append(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -23,8 +37,10 @@ def test_emulated_products_are_those_of_bfloat16_forwards_and_backwards(batched)
         result = function(*inputs)
         return [result, *torch.autograd.grad(result.float().square().sum(), inputs)]
 
-    with emulated():
+    with Products() as taken, emulated():
         found = values()
+    # One forwards, two backwards.
+    assert taken.dtypes == [torch.float32] * 3
     for ours, theirs in zip(found, values(), strict=True):
         assert ours.dtype == torch.bfloat16
         # Sums in another order may be rounded to the next number.

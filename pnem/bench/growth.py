@@ -57,8 +57,9 @@ def growth_row(section: str, name: str, sizes: Sequence[int], seconds: np.ndarra
     """The exponent over rounds, the times that it is of, and the bend of their medians."""
     found, medians = Spread.of(exponents(sizes, seconds)), np.median(seconds, axis=0)
     times, shown = ", ".join(f"{1000 * value:,.0f}" for value in medians), ", ".join(map(str, sizes))
-    bend = bends(sizes, medians[None]).item()
-    note = f"{name} = {shown}: {times} ms; the last step up × {bend:.2f} of linear"
+    note = f"{name} = {shown}: {times} ms"
+    if sizes[0] < sizes[1] < sizes[2] and medians[0] < medians[1]:
+        note += f"; second increase {bends(sizes, medians[None]).item():.2f} × linear"
     return Row(section, f"in {name}", found, "exponent", note=note)
 
 

@@ -103,7 +103,8 @@ def time_case(
     first = {variant: timed(step, device) for variant, step in steps.items()}
     alternately(steps, WARM_UP, device)
     seconds = alternately(steps, repetitions, device)
-    work = _work_by_precision(parts, x, clip)
+    precisions = {settings["precision"] for settings in [VARIANTS["eager"], *variants.values()]}
+    work = {precision: _work(parts, x, precision, clip) for precision in precisions}
     for variant, step in steps.items():
         settings = VARIANTS.get(variant, VARIANTS["eager"])
         done, median = work[settings["precision"]], Spread.of(seconds[variant]).median
@@ -138,10 +139,6 @@ def _lacking(settings: dict[str, Any], peaks: Peaks, device: torch.device) -> st
     return missing_compiler(device) if settings["compile"] else None
 
 
-def _work_by_precision(parts: Parts, x: Tensor, clip: float | None) -> dict[str, Work]:
-    """What an eager step computes and moves, by the precision of its variants."""
-    work = {}
-    for precision in dict.fromkeys(settings["precision"] for settings in VARIANTS.values()):
-        step = training_step(copy.deepcopy(parts), x, precision=precision, compile=False, gradient_clip=clip)
-        work[precision] = count_work(step)
-    return work
+def _work(parts: Parts, x: Tensor, precision: str, clip: float | None) -> Work:
+    """What an eager step computes and moves."""
+    return count_work(training_step(copy.deepcopy(parts), x, precision=precision, compile=False, gradient_clip=clip))

@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 results.append(trained(path, options.preset, precision, seed, options.emulate, settings))
                 shown = ", ".join(f"{name} {value:.4g}" for name, value in results[-1].items())
                 print(f"seed {seed}, {precision}: {shown}", file=sys.stderr, flush=True)
-    print(f"{options.preset}, {options.seeds} seeds: mean over seeds ± their standard deviation")
+    print(f"{options.preset}, {options.seeds} seeds: mean ± standard deviation over seeds")
     print(f"{'':26}" + "".join(f"{name:>20}" for name in found) + f"{'bfloat16 − float32':>22}")
     for name, title in MEASURES.items():
         values = {precision: np.array([result[name] for result in results]) for precision, results in found.items()}
