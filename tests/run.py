@@ -14,11 +14,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = str(ROOT / "pyproject.toml")
+# In a process for each core, but not more, for a process takes up to 2 GB.
+AT_ONCE = ["--numprocesses", "logical", "--maxprocesses", "8", "--dist", "worksteal"]
 CHECKS = {
     "format": ["ruff", "format", "--check", str(ROOT)],
     "lint": ["ruff", "check", "--output-format", "concise", str(ROOT)],
     "types": ["mypy", "--config-file", SETTINGS, "--cache-dir", str(ROOT / ".mypy_cache"), "-p", "pnem"],
-    "tests": ["pytest", "-c", SETTINGS, "--rootdir", str(ROOT), "--durations=10", str(ROOT / "tests")],
+    "tests": ["pytest", "-c", SETTINGS, "--rootdir", str(ROOT), *AT_ONCE, "--durations=10", str(ROOT / "tests")],
 }
 
 
