@@ -66,8 +66,7 @@ class NEM(FilteringStrategy):
         return self.log_step_size.exp()
 
     def m_step(self, state: State, x_in: Tensor) -> Tensor:  # noqa: D102
-        pull_back = torch.func.vjp(self.model.decode, state.theta)[1]
-        (gradient,) = pull_back(self._gradient_at(state, x_in))
+        gradient = self.model.decoder.pull_back(state.theta, self._gradient_at(state, x_in))
         if self.model.has_proper_prior:
             gradient = gradient + torch.func.grad(lambda theta: self.model.log_prior(theta).sum())(state.theta)
         return state.theta + self.step_size * gradient
@@ -75,8 +74,7 @@ class NEM(FilteringStrategy):
     def _gradient_at(self, state: State, x_in: Tensor) -> Tensor:
         """∂Q/∂ψ: (B, K, D, P)."""
         model, likelihood, gamma = self.model, self.model.likelihood, state.gamma.unsqueeze(-1)
-        gradient = gamma * likelihood.score(x_in.unsqueeze(-3), state.mean)
-        if self.e_step == "consistent" and model.pixel_prior is not None:
-            unowned = likelihood.score(model.pixel_prior, state.mean)
-            gradient = gradient + model.ownership * (1 - gamma) * unowned
-        return gradient
+        owned = likelihood.score(x_in.unsqueeze(-3), state.mean)
+        if self.e_step == "greff2017" or model.pixel_prior is None:
+            return gamma * owned
+        return torch.lerp(model.ownership * likelihood.score(model.pixel_prior, state.mean), owned, gamma)

@@ -99,8 +99,9 @@ class NEMLoss(Objective):
 
         L = Σ_i Σ_k −γ_{k,i} log p(x_i | ψ_{k,i}) + w (1 − γ_{k,i}) KL(P₀ ‖ p(· | ψ_{k,i}))
 
-    where the KL is taken between distributions of the likelihood's own family. It is minus Q of the ownership model
-    up to a constant; with consistent γ it differs from minus the ELBO by the entropy of γ and constants.
+    where the KL is taken between distributions of the likelihood's own family. Up to constants it is minus Q of the
+    ownership model, and is computed as such, from the state's log joint; with consistent γ it differs from minus the
+    ELBO by the entropy of γ and constants.
 
     Raises:
         StrategyError: the model has no pixel prior.
@@ -110,7 +111,7 @@ class NEMLoss(Objective):
         model = strategy.model
         if model.pixel_prior is None:
             raise StrategyError("NEMLoss needs a pixel prior: give SpatialMixture(..., pixel_prior=...)")
-        intra = state.gamma * model.likelihood.log_prob(x.unsqueeze(-3), state.psi)
-        divergence = model.likelihood.saturated_log_prob(model.pixel_prior) - model.log_unowned(state.psi)
-        inter = (1 - state.gamma) * divergence
-        return (model.ownership * inter - intra).sum((-2, -1))
+        # As γ sums to one, the terms of what a component does not own are those in the log joint.
+        q = (state.gamma * (state.log_joint - state.log_mixing.unsqueeze(-1))).sum((-2, -1))
+        unowned_pixels = (model.num_components - 1) * state.gamma.shape[-1]
+        return model.ownership * unowned_pixels * model.likelihood.saturated_log_prob(model.pixel_prior) - q

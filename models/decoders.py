@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,6 +48,14 @@ class Decoder(Configured, nn.Module, ABC):
     @abstractmethod
     def forward(self, theta: Tensor) -> Tensor:
         """(..., M) -> (..., D, P)."""
+
+    def pull_back(self, theta: Tensor, by_psi: Tensor) -> Tensor:
+        """The gradient by θ of what has the gradient `by_psi` by ψ: (..., M), (..., D, P) -> (..., M).
+
+        It can be differentiated in turn: by both, and by the network's weights.
+        """
+        psi, pull_back, *_ = torch.func.vjp(self, theta)
+        return pull_back(by_psi.to(psi.dtype))[0]
 
     def _to_pixels(self, y: Tensor) -> Tensor:
         H, W, P = self.image_shape
@@ -93,6 +102,11 @@ class Linear(Decoder):
 
     def forward(self, theta: Tensor) -> Tensor:  # noqa: D102
         return self._to_pixels(self.linear(self.activation(theta)))
+
+    def pull_back(self, theta: Tensor, by_psi: Tensor) -> Tensor:  # noqa: D102
+        # ψ is not needed for it.
+        by_activation = F.linear(by_psi.flatten(-2), self.linear.weight.T)
+        return torch.func.vjp(self.activation, theta)[1](by_activation.to(theta.dtype))[0]
 
 
 class MLP(Decoder):

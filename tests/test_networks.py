@@ -34,6 +34,36 @@ def test_decoders_map_theta_to_every_pixel(name, shape, batch):
     assert all(p.grad is not None for p in decoder.parameters())
 
 
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+def test_decoders_pull_a_gradient_back_to_theta(name, batch, float64):
+    """It is what autograd finds, and so are its own gradients: by θ, by the gradient itself and by the weights."""
+    decoder = DECODERS[name]((4, 8, 2))
+    theta = torch.randn(*batch, 6, requires_grad=True)
+    by_psi = torch.randn(*batch, 32, 2, requires_grad=True)
+    (expected,) = torch.autograd.grad(decoder(theta), theta, by_psi, create_graph=True)
+    found = decoder.pull_back(theta, by_psi)
+    torch.testing.assert_close(found, expected)
+    weights = [p for p in decoder.parameters() if p.dim() > 1]
+    of_found, of_expected = (
+        torch.autograd.grad(y.sin().sum(), [theta, by_psi, *weights], materialize_grads=True) for y in (found, expected)
+    )
+    assert of_found[1].abs().sum() > 0
+    torch.testing.assert_close(of_found, of_expected)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_pull_back_in_bfloat16(name):
+    decoder = DECODERS[name]((4, 8, 1)).requires_grad_(False)
+    theta, by_psi = torch.randn(3, 6), torch.randn(3, 32, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = decoder.pull_back(theta, by_psi)
+    assert found.dtype == torch.float32
+    expected = decoder.pull_back(theta, by_psi)
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("shape", [(4, 8, 1), (28, 28, 3)])
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3)])
