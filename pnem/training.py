@@ -265,7 +265,6 @@ def _train(
             strategy=DDPStrategy(timeout=TIMEOUT, broadcast_buffers=False) if training.processes > 1 else "auto",
             precision=PRECISIONS[training.precision],
             max_epochs=training.epochs,
-            gradient_clip_val=training.gradient_clip,
             callbacks=_callbacks(history, training, files, progress),
             plugins=plugins,
             logger=False,

@@ -160,7 +160,7 @@ class TrainingModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:  # noqa: D102
         settings = self.training_settings
-        optimizer = torch.optim.Adam(self.parameters(), lr=settings.learning_rate)
+        optimizer = torch.optim.Adam(self.parameters(), lr=settings.learning_rate, fused=True)
 
         def factor(step: int) -> float:
             warm = min(1.0, (step + 1) / (settings.warmup_steps + 1))
@@ -170,6 +170,11 @@ class TrainingModule(lightning.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(self, *_: object, **__: object) -> None:
+        """Clips by the norm: Lightning does not where the optimiser is fused and some of a step is in bfloat16."""
+        if self.training_settings.gradient_clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), self.training_settings.gradient_clip)
 
     def _reset(self) -> None:
         # Sums and the last few, for an epoch's steps may be many.

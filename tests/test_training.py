@@ -272,6 +272,19 @@ def test_bad_settings_are_refused_before_anything_is_written(tmp_path, settings,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("gradient_clip", "low", "high"), [(None, 0.5, 1.01), (1e-12, 0.0, 1e-3)])
+def test_gradients_are_clipped(precision, gradient_clip, low, high):
+    """Adam's first step is of the learning rate, unless gradients are far below its ε."""
+    model, strategy = parts()
+    before = model.decoder.linear.weight.detach().clone()
+    settings = {"batch_size": len(arrays()[0][0]), "epochs": 1, "learning_rate": 1e-3, "warmup_steps": 0}
+    settings |= {"precision": precision, "gradient_clip": gradient_clip, "progress": False}
+    pnem.fit(model, strategy, splits(), **settings)
+    step = (model.decoder.linear.weight - before).abs().max().item() / 1e-3
+    assert low <= step <= high
+
+
 @pytest.mark.parametrize("split", ["training", "validation"])
 def test_values_that_are_no_bernoulli_pixels_are_found_in_any_batch(tmp_path, split):
     features, groups = arrays()

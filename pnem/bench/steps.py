@@ -61,8 +61,7 @@ def training_step(parts: Parts, x: Tensor, **settings: Any) -> Callable[[], None
         with torch.autocast(x.device.type, torch.bfloat16) if reduced else contextlib.nullcontext():
             loss = module.training_step(batch, next(numbers))
         loss.backward()
-        if training.gradient_clip is not None:
-            torch.nn.utils.clip_grad_norm_(module.parameters(), training.gradient_clip)
+        module.configure_gradient_clipping()
         optimizer.step()
         scheduler.step()
 
