@@ -49,6 +49,10 @@ def bench(
         seed=seed,
         say=lambda text: progress.print(text, markup=False, highlight=False, soft_wrap=True),
     )
-    Console().print(report)
+    console = Console()
+    if not console.is_terminal:
+        # Wide enough for lines that are not folded.
+        console.width = 120
+    console.print(report)
     if json_file is not None:
         write_atomically(json_file, report.to_json().encode())

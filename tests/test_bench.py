@@ -311,14 +311,21 @@ def test_the_table_has_every_row():
         console.print(report)
     text = captured.get()
     for expected in (
+        "compiled: no compiler",
         "2 (1.5 to 2.5) ms",
         "× by hand",
         "1,234",
         "1 MiB",
-        "no compiler",
         "1 exponent",
         "seed 7",
         "2 CPU",
     ):
         assert expected in text
     assert json.loads(report.to_json())["rows"][2]["value"]["repetitions"] == 1
+    narrow = Console(width=80)
+    with narrow.capture() as captured:
+        narrow.print(report)
+    # Folded, and nothing is left out.
+    assert max(map(len, captured.get().split("\n"))) <= 80
+    assert "…" not in captured.get()
+    assert "1,234" in captured.get()

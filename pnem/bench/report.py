@@ -4,8 +4,9 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +15,9 @@ from pnem.bench.clock import Spread
 __all__ = ["Report", "Row"]
 
 FORMAT = 1
+COLUMNS = ("", "median (quartiles)", "speed", "images/s", "of the peak", "memory", "first")
+FOLDED, GAP = 3, 2
+SHORT = {"products": "prod.", "bandwidth": "mem.", "": ""}
 
 
 @dataclass(frozen=True)
@@ -51,16 +55,15 @@ class Row:
     note: str = ""
 
     def cells(self) -> tuple[str, ...]:
-        """As the table shows it."""
-        first = "" if self.first_seconds is None else f"first step {self.first_seconds:.0f} s"
+        """As the table shows it, by its `COLUMNS`."""
         return (
             self.name,
             "–" if self.value is None else f"{_with_spread(self.value)} {self.unit}",
             "\n".join(f"{_with_spread(speed)} × {other}" for other, speed in self.speeds.items()),
             "" if self.images_per_second is None else f"{self.images_per_second:,.0f}",
-            "" if self.share is None else f"{100 * self.share:.0f} % {self.binds}",
+            "" if self.share is None else f"{100 * self.share:.0f} % {SHORT[self.binds or '']}",
             "" if self.memory is None else f"{self.memory / 2**20:,.0f} MiB",
-            ", ".join(filter(None, [self.note, first])),
+            "" if self.first_seconds is None else f"{self.first_seconds:.0f} s",
         )
 
     def jsonable(self) -> dict[str, Any]:
@@ -104,21 +107,29 @@ class Report:
         return json.dumps({"format": FORMAT, **values, "rows": rows}, indent=2, ensure_ascii=False) + "\n"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """One table."""
-        table = Table(title=f"pnem bench, {self.suite} suite{', small' * self.small}", box=box.SIMPLE_HEAD)
-        for title in ("", "median (quartiles)", "speed", "images/s", "of the peak", "memory", ""):
-            table.add_column(title, justify="right" if title in ("images/s", "memory") else "left")
-        for section in dict.fromkeys(row.section for row in self.rows):
-            table.add_section()
-            table.add_row(Text(section, style="bold"))
+        """One table: sections with the same columns, and below each what else there is to know of its rows."""
+        yield Text(f"pnem bench, {self.suite} suite{', small' * self.small}", style="italic")
+        columns = zip(COLUMNS, *(row.cells() for row in self.rows), strict=True)
+        widths = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
+        # What does not fit is folded, but for the columns of short numbers.
+        while sum(widths) + GAP * (len(widths) - 1) > options.max_width and max(widths[:FOLDED]) > 10:
+            widths[widths.index(max(widths[:FOLDED]))] -= 1
+        for number, section in enumerate(dict.fromkeys(row.section for row in self.rows)):
+            table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), show_header=number == 0)
+            for i, (title, width) in enumerate(zip(COLUMNS, widths, strict=True)):
+                table.add_column(title, width=width, justify="left" if i < FOLDED else "right")
             for row in self.rows:
                 if row.section == section:
                     table.add_row(*(Text(cell) for cell in row.cells()))
-        yield table
+            notes = [f"{row.name}: {row.note}" for row in self.rows if row.section == section and row.note]
+            yield Text("\n" + section.replace("\n", ": "), style="bold")
+            yield table
+            yield from (Padding(Text(note, style="dim"), (0, 0, 0, 2)) for note in notes)
         yield Text(
-            f"{self.hardware}, torch {self.torch}, {self.threads} CPU thread{'s' * (self.threads > 1)}, device "
+            f"\n{self.hardware}, torch {self.torch}, {self.threads} CPU thread{'s' * (self.threads > 1)}, device "
             f"{self.device}, seed {self.seed}; {self.repetitions} repetitions, in each of which all that is compared "
             "is timed once. Speed: the other's time over this one's; above 1 this is faster. Of the peak: the time "
-            "that the matrix products alone would take at the measured peak of products or of bandwidth, whichever is "
-            "longer, over the step's time. Memory: a step's peak on top of parameters and optimiser."
+            "that the matrix products alone would take at the measured peak of products (prod.) or of bandwidth "
+            "(mem.), whichever is longer, over the step's time. Memory: a step's peak on top of parameters and "
+            "optimiser. First: the first step, with compiling."
         )
