@@ -28,7 +28,7 @@ def pyro_step(parts: Parts, x: Tensor) -> Callable[[], None]:
     """A step of training through Pyro: its own ELBO of model and guide at the last iteration, and the same Adam."""
     model, strategy, _ = parts
     loss = TraceEnum_ELBO(max_plate_nesting=2)(model.train(), strategy.train())
-    optimizer = torch.optim.Adam(loss.parameters())
+    optimizer = torch.optim.Adam(loss.parameters(), fused=True)
 
     def step() -> None:
         optimizer.zero_grad()
