@@ -20,7 +20,7 @@ class NEM(FilteringStrategy):
 
         θ_k ← θ_k + η ∂Q/∂θ_k,      Q = Σ_i Σ_k γ_{k,i} log p(x_i, z_i = k | ψ_{k,i}) + log p(θ),      γ held fixed
 
-    exact for any decoder: ∂Q/∂ψ follows from the likelihood, and autograd pulls it back through the decoder. With the
+    exact for any decoder: ∂Q/∂ψ follows from the likelihood, and `Decoder.pull_back` takes it back to θ. With the
     ``"greff2017"`` E-step, Q is that of the plain mixture too, as in the paper; then for a decoder
     ``Linear(..., bias=False, input_activation="sigmoid")`` and Bernoulli pixels it is the paper's
     θ ← θ + η σ(θ)(1 − σ(θ)) ⊙ Wᵀ(γ (x − ψ)). The step size η is learned.

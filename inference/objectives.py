@@ -48,7 +48,7 @@ class Objective(Configured, ABC):
 
     @abstractmethod
     def loss_at(self, strategy: Strategy, state: State, x: Tensor) -> Tensor:
-        """The loss of one iteration, in nats per image: (B,)."""
+        """The loss of one iteration, whose state is of an E-step on `x`, in nats per image: (B,)."""
 
     def __call__(self, strategy: Strategy, states: Sequence[State], x: Tensor) -> Losses:
         """The losses of an unroll on images `x` (B, D, C), or on sequences (T, B, D, C).
@@ -99,9 +99,9 @@ class NEMLoss(Objective):
 
         L = Σ_i Σ_k −γ_{k,i} log p(x_i | ψ_{k,i}) + w (1 − γ_{k,i}) KL(P₀ ‖ p(· | ψ_{k,i}))
 
-    where the KL is taken between distributions of the likelihood's own family. Up to constants it is minus Q of the
-    ownership model, and is computed as such, from the state's log joint; with consistent γ it differs from minus the
-    ELBO by the entropy of γ and constants.
+    where the KL is taken between distributions of the likelihood's own family. It is minus Q of the ownership model
+    up to terms of π and of P₀ alone, and is computed so, from the state's log joint; with consistent γ it differs
+    from minus the ELBO by these and the entropy of γ.
 
     Raises:
         StrategyError: the model has no pixel prior.

@@ -90,6 +90,7 @@ class Strategy(Configured, nn.Module, ABC):
             gamma = gamma / gamma.sum(-2, keepdim=True)
         elif gamma.shape != (batch, K, D):
             raise StrategyError(f"gamma has shape {tuple(gamma.shape)}, but this needs (B, K, D) = {(batch, K, D)}")
+        gamma = gamma.to(x.dtype)
         theta = x.new_zeros(batch, K, self.model.latent_features)
         mean = x.new_zeros(batch, K, D, x.shape[-1])
         psi = x.new_zeros(batch, K, D, self.model.decoder.image_shape[2])

@@ -104,8 +104,10 @@ class Linear(Decoder):
         return self._to_pixels(self.linear(self.activation(theta)))
 
     def pull_back(self, theta: Tensor, by_psi: Tensor) -> Tensor:  # noqa: D102
-        # ψ is not needed for it.
-        by_activation = F.linear(by_psi.flatten(-2), self.linear.weight.T)
+        if type(self).forward is not Linear.forward:
+            return super().pull_back(theta, by_psi)
+        # Without ψ, which the general way computes again.
+        by_activation = by_psi.flatten(-2) @ self.linear.weight
         return torch.func.vjp(self.activation, theta)[1](by_activation.to(theta.dtype))[0]
 
 

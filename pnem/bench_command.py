@@ -1,5 +1,6 @@
 """``pnem bench``: what training and inference cost on this machine, as one table."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -50,9 +51,9 @@ def bench(
         say=lambda text: progress.print(text, markup=False, highlight=False, soft_wrap=True),
     )
     console = Console()
-    if not console.is_terminal:
-        # Wide enough for lines that are not folded.
-        console.width = 120
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        # No line of the table is folded then.
+        console.width = 140
     console.print(report)
     if json_file is not None:
         write_atomically(json_file, report.to_json().encode())

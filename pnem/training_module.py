@@ -172,7 +172,7 @@ class TrainingModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(self, *_: object, **__: object) -> None:
-        """Clips by the norm: Lightning does not where the optimiser is fused and some of a step is in bfloat16."""
+        """Clips by the norm: Lightning refuses to where the optimiser is fused and some of a step is in bfloat16."""
         if self.training_settings.gradient_clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters(), self.training_settings.gradient_clip)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = str(ROOT / "pyproject.toml")
-# In a process for each core, but not more, for a process takes up to 2 GB.
+# A process for each hardware thread, at most 8: each takes up to 2 GB.
 AT_ONCE = ["--numprocesses", "logical", "--maxprocesses", "8", "--dist", "worksteal"]
 CHECKS = {
     "format": ["ruff", "format", "--check", str(ROOT)],

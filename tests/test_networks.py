@@ -52,6 +52,16 @@ def test_decoders_pull_a_gradient_back_to_theta(name, batch, float64):
     torch.testing.assert_close(of_found, of_expected)
 
 
+def test_a_decoder_made_of_a_linear_one_pulls_back_through_its_own_network(float64):
+    class Tripled(decoders.Linear):
+        def forward(self, theta):
+            return 3 * super().forward(theta)
+
+    decoder, theta, by_psi = Tripled(6, (4, 8, 1)), torch.randn(2, 6), torch.randn(2, 32, 1)
+    expected = torch.func.vjp(decoder, theta)[1](by_psi)[0]
+    torch.testing.assert_close(decoder.pull_back(theta, by_psi), expected)
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoders_pull_back_in_bfloat16(name):
     decoder = DECODERS[name]((4, 8, 1)).requires_grad_(False)

@@ -173,6 +173,16 @@ def test_restarts_keep_the_best_evidence_of_each_image():
     assert torch.equal(kept.trace.gamma[-1], kept.gamma)
 
 
+@pytest.mark.parametrize("strategy_class", [NEM, RNNEM])
+def test_given_responsibilities_may_be_of_another_dtype(strategy_class):
+    strategy = strategy_class(MODELS["owned Bernoulli"](), iterations=2)
+    x = images(2)
+    gamma = torch.nn.functional.one_hot(torch.randint(3, (2, 12)), 3).transpose(1, 2)
+    expected = strategy.infer(x, gamma=gamma.to(x.dtype)).gamma
+    for dtype in (torch.int64, torch.float32, torch.float64):
+        assert torch.equal(strategy.infer(x, gamma=gamma.to(dtype)).gamma, expected)
+
+
 def test_inference_leaves_training_mode_and_gradients_alone():
     strategy = RNNEM(MODELS["owned Bernoulli"]())
     posterior = strategy.train().infer(images(2))
@@ -190,7 +200,11 @@ def test_n_em_loss_is_equation_6():
     cross_entropy = -(target * p.log() + (1 - target) * (1 - p).log())
     divergence = p0 * (p0 / p).log() + (1 - p0) * ((1 - p0) / (1 - p)).log()
     expected = (gamma * cross_entropy + 0.5 * (1 - gamma) * divergence).sum((1, 2))
-    torch.testing.assert_close(NEMLoss().loss_at(strategy, state, x), expected)
+    found = NEMLoss().loss_at(strategy, state, x)
+    torch.testing.assert_close(found, expected)
+    parameters = [*model.parameters(), *strategy.parameters()]
+    gradients = (torch.autograd.grad(loss.sum(), parameters, retain_graph=True) for loss in (found, expected))
+    torch.testing.assert_close(*gradients)
 
 
 def test_n_em_loss_of_normal_pixels_is_equation_6():

@@ -3,7 +3,7 @@
 >>> from pnem import bench
 >>> report = bench.run("cpu", small=True)  # doctest: +SKIP
 >>> report.rows[0].name  # doctest: +SKIP
-'products, float32'
+'matrix product, float32'
 """
 
 from pnem.bench.clock import Spread

@@ -43,7 +43,7 @@ def measure_peaks(device: torch.device, size: int, copied: int, repetitions: int
     rows = [
         Row(
             "the machine's peak",
-            f"products, {name}",
+            f"matrix product, {name}",
             Spread.of(rates[name] / 1e9),
             "GFLOP/s",
             note=f"{sizes[name]}×{sizes[name]}, best {rates[name].max() / 1e9:.3g}",

@@ -16,8 +16,9 @@ __all__ = ["Report", "Row"]
 
 FORMAT = 1
 COLUMNS = ("", "median (quartiles)", "speed", "images/s", "of the peak", "memory", "first")
+# How many of them are folded where they do not all fit, the last being short; and the spaces between them.
 FOLDED, GAP = 3, 2
-SHORT = {"products": "prod.", "bandwidth": "mem.", "": ""}
+SHORT = {"products": "prod.", "bandwidth": "mem."}
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Row:
             "–" if self.value is None else f"{_with_spread(self.value)} {self.unit}",
             "\n".join(f"{_with_spread(speed)} × {other}" for other, speed in self.speeds.items()),
             "" if self.images_per_second is None else f"{self.images_per_second:,.0f}",
-            "" if self.share is None else f"{100 * self.share:.0f} % {SHORT[self.binds or '']}",
+            "" if self.share is None or self.binds is None else f"{100 * self.share:.0f} % {SHORT[self.binds]}",
             "" if self.memory is None else f"{self.memory / 2**20:,.0f} MiB",
             "" if self.first_seconds is None else f"{self.first_seconds:.0f} s",
         )
@@ -111,13 +112,12 @@ class Report:
         yield Text(f"pnem bench, {self.suite} suite{', small' * self.small}", style="italic")
         columns = zip(COLUMNS, *(row.cells() for row in self.rows), strict=True)
         widths = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
-        # What does not fit is folded, but for the columns of short numbers.
         while sum(widths) + GAP * (len(widths) - 1) > options.max_width and max(widths[:FOLDED]) > 10:
             widths[widths.index(max(widths[:FOLDED]))] -= 1
         for number, section in enumerate(dict.fromkeys(row.section for row in self.rows)):
             table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), show_header=number == 0)
             for i, (title, width) in enumerate(zip(COLUMNS, widths, strict=True)):
-                table.add_column(title, width=width, justify="left" if i < FOLDED else "right")
+                table.add_column(title, width=width, justify="left" if i < FOLDED else "right", overflow="fold")
             for row in self.rows:
                 if row.section == section:
                     table.add_row(*(Text(cell) for cell in row.cells()))

@@ -69,8 +69,8 @@ def training_step(parts: Parts, x: Tensor, **settings: Any) -> Callable[[], None
 
 
 def hand_written_step(network: HandWrittenRNNEM | HandWrittenNEM, x: Tensor) -> Callable[[], None]:
-    """A step of training of a reference on images (B, D, 1), eager."""
-    optimizer, x = torch.optim.Adam(network.parameters()), x.squeeze(-1)
+    """A step of training of a reference on images (B, D, 1), eager, with the same Adam."""
+    optimizer, x = torch.optim.Adam(network.parameters(), fused=True), x.squeeze(-1)
 
     def step() -> None:
         optimizer.zero_grad()
