@@ -323,7 +323,7 @@ def test_the_table_has_every_row():
     ):
         assert expected in text
     assert json.loads(report.to_json())["rows"][3]["value"]["repetitions"] == 1
-    narrow = Console(width=80)
+    narrow = Console(width=90)
     with narrow.capture() as captured:
         narrow.print(report)
     for expected in ("1,234,568", "scikit-learn", "10,240 MiB", "first"):
